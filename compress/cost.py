@@ -1,0 +1,111 @@
+"""MACs and parameters of any choice of channels, from label counts: no re-trace, no copy.
+
+One multiply-add is one MAC. Every cost is a sum of products of kept counts, and units of one class
+always appear together on the same axes, so a cost is a function of the kept count per class alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.channelmap import ChannelMap
+
+
+@dataclass(frozen=True)
+class Products:
+    """sum_t factor[t] * prod_j (base[t, j] + weight[t, j] . n) over class counts n.
+
+    factor (terms,), base (terms, j), weight (terms, j, classes).
+    """
+
+    factor: np.ndarray
+    base: np.ndarray
+    weight: np.ndarray
+
+    def terms(self, counts: np.ndarray) -> np.ndarray:
+        """Each term at class counts (classes,); shape (terms,)."""
+        value: np.ndarray = self.factor * (self.base + self.weight @ counts).prod(axis=1)
+        return value
+
+    def total(self, counts: np.ndarray) -> float:
+        """The sum at class counts (classes,)."""
+        return float(self.terms(counts).sum())
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost of kept counts per class. full: units per class in the unpruned model, (classes,)."""
+
+    macs: Products
+    params: Products
+    full: np.ndarray
+
+    def ratio(self, kind: str, counts: np.ndarray) -> float:
+        """Share that is left of `macs`, `params` or `units` at class counts."""
+        if kind == "units":
+            return float(counts.sum() / max(self.full.sum(), 1))
+        products = self.macs if kind == "macs" else self.params
+        return products.total(counts) / max(products.total(self.full), 1.0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One contraction before and after: output channels and MACs per example."""
+
+    name: str
+    kind: str
+    before: int
+    after: int
+    macs_before: int
+    macs_after: int
+    pinned: bool
+
+
+def class_counts(cmap: ChannelMap, keep: np.ndarray) -> np.ndarray:
+    """Kept units per class; keep is bool (units,)."""
+    classes = int(cmap.classes.max(initial=-1)) + 1
+    return np.bincount(cmap.classes[keep], minlength=classes)
+
+
+def cost_model(cmap: ChannelMap) -> CostModel:
+    """The cost of a channel map as a function of kept counts per class."""
+    full = class_counts(cmap, np.ones(cmap.units, dtype=bool))
+    macs = [(t.factor, [cmap.unit_of_label[c] for c in t.counts]) for t in cmap.terms]
+    params = []
+    for name in cmap.parameters:
+        shape = cmap.shapes[name]
+        cut = [cmap.axes[name, d] for d in range(len(shape)) if (name, d) in cmap.axes]
+        rest = [s for d, s in enumerate(shape) if (name, d) not in cmap.axes]
+        params.append((float(np.prod(rest)), cut))
+    return CostModel(_products(macs, cmap, full), _products(params, cmap, full), full)
+
+
+def _products(terms: Sequence[tuple[float, list[np.ndarray]]], cmap: ChannelMap, full: np.ndarray) -> Products:
+    width = max((len(vectors) for _, vectors in terms), default=0)
+    base = np.ones((len(terms), width))
+    weight = np.zeros((len(terms), width, len(full)))
+    for t, (_, vectors) in enumerate(terms):
+        for j, units in enumerate(vectors):
+            members = units[units >= 0]
+            base[t, j] = len(units) - len(members)
+            counts = np.bincount(cmap.classes[members], minlength=len(full))
+            weight[t, j] = counts / np.maximum(full, 1)
+    return Products(np.array([factor for factor, _ in terms]), base, weight)
+
+
+def layers(cmap: ChannelMap, keep: np.ndarray) -> tuple[Layer, ...]:
+    """Every contraction with a weight, in the order of the graph."""
+    model = cost_model(cmap)
+    before, after = model.macs.terms(model.full), model.macs.terms(class_counts(cmap, keep))
+    table = []
+    for term, old, new in zip(cmap.terms, before, after, strict=True):
+        if not term.weight:
+            continue
+        rows = cmap.unit_of_label[term.counts[0]]
+        kept = int(((rows < 0) | keep[rows]).sum())
+        name = term.weight.removesuffix(".weight")
+        table.append(Layer(name, term.kind, len(rows), kept, round(old), round(new), bool((rows < 0).all())))
+    return tuple(table)

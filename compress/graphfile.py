@@ -1,0 +1,173 @@
+"""A graph on disk: `NAME.graph.json` (nodes, no code) and `NAME.safetensors` (weights, no pickle).
+
+Loading needs neither the model's source code nor an exporter: nodes name ATen ops, which are looked up
+in a fixed set of namespaces; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from compress import files
+from compress.errors import IntegrityError, ModelError
+from compress.trace import GraphNet, put_tensor
+
+VERSION = 1
+_NAMESPACES = ("aten", "torchvision")
+_FUNCTIONS = {
+    f.__name__: f
+    for f in (operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod, operator.neg)
+}
+_TORCH = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype | torch.memory_format | torch.layout)}
+
+
+def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Path, Path]:
+    """Write `stem`.graph.json and `stem`.safetensors; each appears whole or not at all.
+
+    example_shapes: shapes of the traced inputs without their batch. Raises ModelError when the graph
+    holds something that is not an ATen op.
+    """
+    from safetensors.torch import save_file
+
+    codegen = net.graph._codegen
+    if not isinstance(codegen, fx.graph._PyTreeCodeGen):
+        raise ModelError("the graph has no input structure", fix="trace the model with compress.trace")
+    info = codegen.pytree_info
+    document = {
+        "version": VERSION,
+        "inputs": example_shapes,
+        "arguments": list(info.orig_args),
+        "in_spec": torch.utils._pytree.treespec_dumps(info.in_spec),
+        "out_spec": torch.utils._pytree.treespec_dumps(info.out_spec),
+        "parameters": [name for name, _ in net.named_parameters()],
+        "frozen": [name for name, p in net.named_parameters() if not p.requires_grad],
+        "nodes": [_encode_node(node) for node in net.graph.nodes],
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
+    graph_path, weights_path = stem.with_name(stem.name + ".graph.json"), stem.with_name(stem.name + ".safetensors")
+    with files.whole(weights_path) as temporary:
+        save_file(tensors, str(temporary))
+    files.write_json(graph_path, document)
+    return graph_path, weights_path
+
+
+def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
+    """Read a graph that `save` wrote: the network in eval mode, and its input shapes without batch.
+
+    Raises IntegrityError when a file is damaged or names an op outside the known namespaces.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    graph_path, weights_path = stem.with_name(stem.name + ".graph.json"), stem.with_name(stem.name + ".safetensors")
+    document = files.read_json(graph_path)
+    try:
+        tensors = load_file(str(weights_path))
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"cannot be read: {error}", str(weights_path), "write it again") from error
+    try:
+        return _decode(document, tensors), [[int(s) for s in shape] for shape in document["inputs"]]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        raise IntegrityError(f"not a graph: {type(error).__name__} {error}", str(graph_path), "write it again") from error
+
+
+def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
+    if document["version"] != VERSION:
+        raise ValueError(f"version {document['version']}, not {VERSION}")
+    root = nn.Module()
+    parameters, frozen = set(document["parameters"]), set(document["frozen"])
+    for name in [*document["parameters"], *(n for n in tensors if n not in parameters)]:
+        tensor = tensors[name]
+        put_tensor(root, name, nn.Parameter(tensor, name not in frozen) if name in parameters else tensor)
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+    for entry in document["nodes"]:
+        node = graph.create_node(
+            entry["op"],
+            _target(entry),
+            tuple(_decode_argument(a, made) for a in entry["args"]),
+            {k: _decode_argument(v, made) for k, v in entry["kwargs"].items()},
+            name=entry["name"],
+        )
+        node.meta = {"module": entry["module"], "source": entry["source"], "switch": entry["switch"]}
+        made[entry["name"]] = node
+    specs = (torch.utils._pytree.treespec_loads(document[key]) for key in ("in_spec", "out_spec"))
+    graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(document["arguments"], *specs))
+    graph.lint()
+    net = GraphNet(root, graph)
+    net.eval()
+    return net
+
+
+def _encode_node(node: fx.Node) -> dict[str, Any]:
+    if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+        raise ModelError(f"{node.op} {node.target} cannot be written to a file", where=node.meta.get("source", ""))
+    return {
+        "op": node.op,
+        "name": node.name,
+        "target": _encode_target(node),
+        "args": [_encode_argument(a) for a in node.args],
+        "kwargs": {k: _encode_argument(v) for k, v in node.kwargs.items()},
+        "module": node.meta.get("module", ""),
+        "source": node.meta.get("source", ""),
+        "switch": bool(node.meta.get("switch")),
+    }
+
+
+def _encode_target(node: fx.Node) -> str:
+    target = node.target
+    if node.op != "call_function":
+        return str(target)
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
+        return f"{target.namespace}::{target._schema.name.split('::')[1]}.{target._overloadname}"
+    if _FUNCTIONS.get(getattr(target, "__name__", "")) is target:
+        return f"operator::{target.__name__}"  # type: ignore[union-attr]
+    raise ModelError(f"{target} cannot be written to a file", where=node.meta.get("source", ""))
+
+
+def _target(entry: dict[str, Any]) -> Any:
+    if entry["op"] != "call_function":
+        return entry["target"]
+    namespace, _, name = entry["target"].partition("::")
+    if namespace == "operator":
+        return _FUNCTIONS[name]
+    if namespace not in _NAMESPACES:
+        raise ValueError(f"op {entry['target']} is not in {', '.join(_NAMESPACES)}")
+    packet, _, overload = name.rpartition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def _encode_argument(argument: Any) -> Any:
+    """Numbers and strings as they are, lists as lists, everything else as a one-key table."""
+    if isinstance(argument, fx.Node):
+        return {"node": argument.name}
+    if isinstance(argument, float) and not math.isfinite(argument):
+        return {"float": str(argument)}
+    if argument is None or isinstance(argument, bool | int | float | str):
+        return argument
+    if isinstance(argument, list | tuple):
+        return [_encode_argument(a) for a in argument]
+    if isinstance(argument, torch.dtype | torch.memory_format | torch.layout):
+        return {"torch": str(argument)}
+    if isinstance(argument, torch.device):
+        return {"device": argument.type}
+    raise ModelError(f"an argument of type {type(argument).__name__} cannot be written to a file")
+
+
+def _decode_argument(argument: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(argument, list):
+        return [_decode_argument(a, made) for a in argument]
+    if not isinstance(argument, dict):
+        return argument
+    ((kind, value),) = argument.items()
+    if kind == "node":
+        return made[value]
+    if kind == "float":
+        return float(value)
+    return torch.device(value) if kind == "device" else _TORCH[value]

@@ -1,0 +1,112 @@
+"""How much each unit matters: first-order Taylor, magnitude, random.
+
+A unit's gate is a factor z = 1 on its channel; its importance is the squared change of the loss when
+z goes to 0, to first order (dL/dz)^2 (Molchanov et al., CVPR 2019, Eq. 8). No gate is needed: on the
+reading side dL/dz = sum(w * dL/dw) over the columns that read the channel, on the writing side
+sum(w * dL/dw) + b * dL/db over a row, or gamma * dL/dgamma + beta * dL/dbeta of the batch norm behind
+it. A unit with several members (a residual stream) adds their gates first and is squared once, Eq. 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.channelmap import ChannelMap
+from compress.errors import ModelError
+from compress.trace import get_tensor
+
+
+def read_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:
+    """dL/dz per unit, (units,), from the columns that read it; call after `loss.backward()`.
+
+    The exact first-order expansion of removal, whatever activation lies in between.
+    """
+    gates = _zeros(net, cmap)
+    for name, dim in sorted(cmap.reads):
+        weight = get_tensor(net, name)
+        if weight.grad is not None:
+            _add(gates, _sums(weight.detach() * weight.grad, dim), cmap.axes[name, dim])
+    return gates[:-1]
+
+
+def write_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:
+    """dL/dz per unit, (units,), from what writes it: the batch norm where one follows, else row and bias.
+
+    In front of a train-mode batch norm the row's own sum is zero (scale invariance), so it is never used.
+    Equal to `read_gates` where the activation in between is positively homogeneous (ReLU).
+    """
+    gates = _zeros(net, cmap)
+    for writer in cmap.writers:
+        units = cmap.axes.get(writer.weight)
+        if units is None:
+            continue
+        members = [(writer.gamma, 0), (writer.beta, 0)] if writer.gamma else [writer.weight, (writer.bias, 0)]
+        for name, dim in members:
+            tensor = get_tensor(net, name) if name else None
+            if tensor is not None and tensor.grad is not None:
+                _add(gates, _sums(tensor.detach() * tensor.grad, dim), units)
+    return gates[:-1]
+
+
+def _zeros(net: nn.Module, cmap: ChannelMap) -> Tensor:
+    device = next(net.parameters()).device
+    return torch.zeros(cmap.units + 1, dtype=torch.float32, device=device)  # the last one takes what stays
+
+
+def _sums(product: Tensor, dim: int) -> Tensor:
+    return product.sum(dim=[d for d in range(product.dim()) if d != dim]) if product.dim() > 1 else product
+
+
+def _add(gates: Tensor, values: Tensor, units: np.ndarray) -> None:
+    index = torch.from_numpy(units).to(gates.device) % len(gates)  # -1, what stays, goes to the last
+    gates.index_add_(0, index, values.to(gates.dtype))
+
+
+@dataclass
+class Taylor:
+    """First-order Taylor importance, accumulated the paper's way.
+
+    Squared per minibatch (of the minibatch-mean gradient), averaged over the minibatches of a pruning
+    step, then an exponential moving average over pruning steps: a = ema * a + (1 - ema) * s, first a = s.
+    """
+
+    cmap: ChannelMap
+    ema: float = 0.9
+    total: Tensor | None = None
+    minibatches: int = 0
+    average: Tensor | None = field(default=None)
+
+    def accumulate(self, net: nn.Module) -> None:
+        """Take the gradients of one minibatch; call between `backward()` and `zero_grad()`."""
+        squared = read_gates(net, self.cmap).square()
+        self.total = squared if self.total is None else self.total + squared
+        self.minibatches += 1
+
+    def scores(self) -> np.ndarray:
+        """Close a pruning step: the moving average over steps, float64 (units,)."""
+        if self.total is None:
+            raise ModelError("no gradient was accumulated", fix="call accumulate() after each backward()")
+        step = self.total / self.minibatches
+        self.average = step if self.average is None else self.ema * self.average + (1 - self.ema) * step
+        self.total, self.minibatches = None, 0
+        return self.average.cpu().numpy().astype(np.float64)
+
+
+def magnitude(net: nn.Module, cmap: ChannelMap) -> np.ndarray:
+    """L2 norm of the rows that write a unit, all members together (Li et al., ICLR 2017, with L2)."""
+    squares = _zeros(net, cmap)
+    for writer in cmap.writers:
+        name, dim = writer.weight
+        units = cmap.axes.get((name, dim))
+        if units is not None:
+            _add(squares, _sums(get_tensor(net, name).detach().square(), dim), units)
+    return squares[:-1].sqrt().cpu().numpy().astype(np.float64)
+
+
+def random(cmap: ChannelMap, seed: int) -> np.ndarray:
+    """Uniform scores: the baseline that any criterion must beat."""
+    return np.random.default_rng(seed).random(cmap.units)

@@ -1,0 +1,568 @@
+"""One small rule per family of ATen ops: what an op does to channel labels.
+
+A rule ties labels that must leave together, pins what cannot leave, and returns the labels of the
+result. Ops that only move data need no rule of their own: they run on the labels themselves. An op
+that stands in no table is never guessed at: whatever reaches it is pinned and reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.labels import (
+    Ledger,
+    Rule,
+    Value,
+    Writer,
+    along,
+    axis,
+    collapse,
+    core,
+    fixed,
+    short_name,
+    varying,
+    vector,
+)
+
+RULES: dict[str, Rule] = {}
+
+MOVEMENT = frozenset(
+    "view reshape permute transpose t squeeze unsqueeze expand expand_as slice select chunk split split_with_sizes "
+    "unsafe_split unsafe_chunk tensor_split unbind flatten unflatten roll flip repeat tile index_select narrow "
+    "movedim moveaxis swapaxes swapdims view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle "
+    "numpy_T mT repeat_interleave _unsafe_view broadcast_to diagonal rot90".split()
+)
+"""Ops that only move data: executed verbatim on the labels."""
+
+_POINTWISE_UNTAGGED = frozenset(
+    "hardswish dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy detach alias "
+    "lift_fresh_copy lift_fresh masked_fill log_sigmoid threshold rsub copy type_as fill zero gelu logsigmoid "
+    "native_dropout float nan_to_num hardtanh where".split()
+)
+"""Element-wise ops that PyTorch does not tag `pointwise`."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for ops by their short names; a second registration of a name raises."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"two rules for {name}")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def find(node: fx.Node) -> Rule:
+    """The rule for a node: its own, pointwise by PyTorch's tag, movement, or `unknown`."""
+    name = short_name(node)
+    if name in RULES:
+        return RULES[name]
+    if name in MOVEMENT:
+        return movement
+    return pointwise if _is_pointwise(name) else unknown
+
+
+def _is_pointwise(name: str) -> bool:
+    if name in _POINTWISE_UNTAGGED:
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = packet.overloads() if packet is not None else []
+    return any(torch.Tag.pointwise in getattr(packet, o).tags for o in overloads)
+
+
+def values_in(arguments: Any) -> list[Value]:
+    """Every Value among (nested) arguments."""
+    if isinstance(arguments, Value):
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = list(arguments.values())
+    if isinstance(arguments, list | tuple):
+        return [v for a in arguments for v in values_in(a)]
+    return []
+
+
+def result(labels: Tensor, meta: Any) -> Value:
+    """An activation with these labels."""
+    return Value((collapse(labels),), meta)
+
+
+# -- unknown ------------------------------------------------------------------------------------------
+
+
+def unknown(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    """Never guess: every channel that reaches the op stays."""
+    for value in values_in([list(args), kwargs]):
+        ledger.pin_value(value, f"{short_name(node)} has no pruning rule")
+    macs = multiply_adds(node, args, kwargs)
+    if macs:
+        ledger.cost(short_name(node), "", macs)
+    return fixed_like(meta)
+
+
+def fixed_like(meta: Any) -> Any:
+    """Fixed values in the structure of an op's result."""
+    if isinstance(meta, Tensor):
+        return fixed(meta)
+    return [fixed_like(m) for m in meta] if isinstance(meta, list | tuple) else meta
+
+
+def multiply_adds(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+    """MACs of one op by torch's FLOP counter on the meta device (it counts two per multiply-add)."""
+
+    def numbers(a: Any) -> Any:
+        if isinstance(a, Value):
+            return a.meta
+        return [numbers(x) for x in a] if isinstance(a, list | tuple) else a
+
+    with FlopCounterMode(display=False) as counter:
+        node.target(*[numbers(a) for a in args], **{k: numbers(v) for k, v in kwargs.items()})  # type: ignore[operator]
+    return counter.get_total_flops() / 2
+
+
+# -- element-wise -------------------------------------------------------------------------------------
+
+
+def pointwise(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """Element-wise ops tie what they combine; a broadcast dimension ties nothing."""
+    values = values_in([list(args), kwargs])
+    total = values[0]
+    for value in values[1:]:
+        total = combine(ledger, total, value)
+    shape = meta.shape
+    layers = tuple(collapse(_rank(layer, len(shape)).expand(shape)) for layer in total.layers)
+    keep_name = total.name if len(values) == 1 and short_name(node) in ("contiguous", "detach", "alias") else ""
+    return Value(layers, meta, name=keep_name, weight=total.weight)
+
+
+def combine(ledger: Ledger, a: Value, b: Value) -> Value:
+    """The labels of an element-wise function of two values."""
+    shape = torch.broadcast_shapes(a.meta.shape, b.meta.shape)
+    meta = torch.empty(shape, device="meta")
+    if a.weight and b.weight:
+        return Value(_weights_meet(ledger, a, b, shape), meta, weight=True)
+    if a.weight or b.weight:
+        weight, activation = (a, b) if a.weight else (b, a)
+        return Value((_follow(ledger, activation, weight, shape),), meta)
+    return Value((_meet(ledger, a.labels, b.labels, shape),), meta)
+
+
+def _rank(labels: Tensor, rank: int) -> Tensor:
+    return labels[(None,) * (rank - labels.dim())]
+
+
+def _spread(small: Tensor, big: Tensor) -> bool:
+    """Whether `small` is broadcast along a dimension in which the channels of `big` vary."""
+    return any(small.shape[d] == 1 and big.shape[d] > 1 for d in varying(big))
+
+
+def _meet(ledger: Ledger, a: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
+    a, b = _rank(a, len(shape)), _rank(b, len(shape))
+    spread_a, spread_b = _spread(a, b), _spread(b, a)
+    for labels, spread in ((a, spread_a), (b, spread_b)):
+        if spread:
+            ledger.pin(labels, "one channel is broadcast over several")
+    if spread_a or spread_b:
+        return b.expand(shape) if not spread_b else a.expand(shape) if not spread_a else torch.zeros_like(a).expand(shape)
+    ca, cb = torch.broadcast_tensors(core(a), core(b))
+    ledger.tie(ca, cb)
+    return torch.where(ca != 0, ca, cb).expand(shape)
+
+
+def _follow(ledger: Ledger, activation: Value, weight: Value, shape: Sequence[int]) -> Tensor:
+    """A parameter used element-wise follows the activation it meets."""
+    labels = _rank(activation.labels, len(shape))
+    moving = varying(labels)
+    for layer in weight.layers:
+        aligned = _rank(layer, len(shape))
+        dims = varying(aligned)
+        for dim in dims:
+            own = vector(aligned, dim)
+            met = vector(labels, dim) if dim in moving else None
+            if own is None or (dim in moving and met is None):
+                ledger.pin(labels, "one element of a parameter meets several channels")
+                ledger.pin(aligned, "one element of a parameter meets several channels")
+            elif met is not None:
+                ledger.tie(met, own)
+            elif labels.shape[dim] == own.shape[0]:
+                ledger.pin(own, "meets channels that stay")
+            else:
+                ledger.pin(labels, "one channel is broadcast over several")
+    return labels.expand(shape)
+
+
+def _weights_meet(ledger: Ledger, a: Value, b: Value, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    layers = [_rank(layer, len(shape)) for layer in a.layers]
+    for layer in (_rank(layer, len(shape)) for layer in b.layers):
+        dims = varying(layer)
+        twins = [own for own in layers if varying(own) == dims]
+        if twins and dims:
+            ledger.tie(core(twins[0]).expand(core(layer).shape), core(layer))
+        elif dims:
+            layers.append(layer)
+    return tuple(layer.expand(shape) for layer in layers)
+
+
+# -- moving data --------------------------------------------------------------------------------------
+
+
+def movement(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    """Run the op itself on the labels."""
+    value = values_in([list(args), kwargs])[0]
+    runs = [_run(node, args, kwargs, layer) for layer in value.layers]
+    if isinstance(meta, Tensor):
+        _single_channel(ledger, value, runs)
+        return Value(tuple(collapse(run) for run in runs), meta, weight=value.weight)
+    pieces = zip(meta, zip(*runs, strict=True), strict=True)
+    outputs = [Value(tuple(collapse(p) for p in piece), m, weight=value.weight) for m, piece in pieces]
+    for output in outputs:
+        _single_channel(ledger, value, output.layers)
+    return outputs
+
+
+def _run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], layer: Tensor) -> Any:
+    """The op on one layer; other tensors among its arguments are constants."""
+
+    def labels_or_number(a: Any, first: bool = False) -> Any:
+        if isinstance(a, Value):
+            return layer if first else a.real if a.real is not None else a.meta.new_empty(a.meta.shape)
+        return [labels_or_number(x) for x in a] if isinstance(a, list | tuple) else a
+
+    moved = [labels_or_number(a, i == 0) for i, a in enumerate(args)]
+    if short_name(node) in ("view", "_unsafe_view"):  # labels have strides of their own
+        return moved[0].reshape(moved[1])
+    return node.target(*moved, **{k: labels_or_number(v) for k, v in kwargs.items()})  # type: ignore[operator]
+
+
+def _single_channel(ledger: Ledger, value: Value, runs: Iterable[Tensor]) -> None:
+    """A channel taken out by its index, or spread over a new dimension, stays."""
+    if value.weight:
+        return
+    for run in runs:
+        if varying(value.labels) and not varying(run):
+            ledger.pin(run, "one channel is taken out by its index")
+
+
+@rule("expand", "expand_as", "broadcast_to", "repeat", "tile")
+def _expand(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    value: Value = args[0]
+    if not value.weight and not varying(value.labels):
+        ledger.pin(value.labels, "one channel is broadcast over several")
+    moved: Value = movement(ledger, node, args, kwargs, meta)
+    return moved
+
+
+@rule("cat", "concat", "concatenate", "stack", "hstack", "vstack")
+def _cat(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """Concatenation moves labels; along another axis than the channels' the pieces are tied."""
+    pieces = [_as_activation(ledger, v) for v in values_in([list(args), kwargs])]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if short_name(node) not in ("cat", "concat", "concatenate"):
+        for piece in pieces:
+            ledger.pin(piece, f"{short_name(node)} of channels")
+        return fixed(meta)
+    dim %= meta.dim()
+    pieces = [p for p in pieces if p.dim() == meta.dim()]  # cat ignores empty 1-D tensors
+    if any(set(varying(p)) - {dim} for p in pieces):
+        for a, b in zip(pieces, pieces[1:], strict=False):
+            if set(varying(a)) | set(varying(b)) <= set(range(meta.dim())) - {dim}:
+                ledger.tie(*torch.broadcast_tensors(core(a), core(b)))
+            else:
+                ledger.pin(a, "concatenated along two axes of channels")
+                ledger.pin(b, "concatenated along two axes of channels")
+    common = [max(core(p).shape[d] for p in pieces) for d in range(meta.dim())]
+    thin = [p[tuple(slice(None) if d == dim else slice(0, common[d]) for d in range(p.dim()))] for p in pieces]
+    return result(torch.cat(thin, dim).expand(meta.shape), meta)
+
+
+def _as_activation(ledger: Ledger, value: Value) -> Tensor:
+    if not value.weight:
+        return value.labels
+    layers = [layer for layer in value.layers if varying(layer)]
+    if len(layers) == 1:
+        return layers[0]
+    ledger.pin_value(value, "a parameter is joined with activations")
+    return torch.zeros((), dtype=torch.int64).expand(value.meta.shape)
+
+
+@rule("constant_pad_nd", "pad")
+def _pad(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """Padding along channels makes channels that nothing writes; elsewhere it changes nothing."""
+    labels = args[0].labels
+    amounts = args[1]
+    for back in range(len(amounts) // 2):
+        dim = labels.dim() - 1 - back
+        left, right = amounts[2 * back], amounts[2 * back + 1]
+        size = labels.shape[dim] + left + right
+        if dim not in varying(labels):
+            labels = labels.narrow(dim, 0, 1).expand([size if d == dim else s for d, s in enumerate(labels.shape)])
+        elif vector(labels, dim) is None or min(left, right) < 0:
+            ledger.pin(labels, "padding of channels on two axes")
+            return fixed(meta)
+        else:
+            own = vector(labels, dim)
+            assert own is not None
+            vec = torch.cat([ledger.issue(left), own, ledger.issue(right)])
+            labels = along(vec, dim, [size if d == dim else s for d, s in enumerate(labels.shape)])
+    return result(labels.expand(meta.shape), meta)
+
+
+@rule("index")
+def _index(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    """Indexing with constants moves data."""
+    if all(v.real is not None for v in values_in(args[1])):
+        return movement(ledger, node, args, kwargs, meta)
+    return unknown(ledger, node, args, kwargs, meta)
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
+def _create(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """A constant made in the graph; its shape is written into the code, so it stays."""
+    for value in values_in(list(args)[:1]):
+        if short_name(node).endswith("_like"):
+            ledger.pin_value(value, f"{short_name(node)} makes a constant of its shape")
+    numbers = [torch.empty(a.meta.shape, dtype=a.meta.dtype) if isinstance(a, Value) else a for a in args]
+    real = node.target(*numbers, **{k: v for k, v in kwargs.items() if k != "device"})  # type: ignore[operator]
+    return fixed(meta, real)
+
+
+# -- per channel --------------------------------------------------------------------------------------
+
+
+@rule("batch_norm", "instance_norm")
+def _batch_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """Statistics and affine parameters follow their channel."""
+    value: Value = args[0]
+    own = vector(value.labels, 1)
+    if own is None:
+        ledger.pin(value.labels, "normalised over an axis of channels")
+        return result(value.labels, meta)
+    for parameter in values_in(list(args[1:5])):
+        ledger.tie(own, axis(parameter, 0))
+    writer = ledger.writers.get(node.args[0])  # type: ignore[arg-type]
+    if writer is not None and args[1] is not None and len(node.args[0].users) == 1:  # type: ignore[union-attr]
+        beta = args[2].name if args[2] is not None else ""
+        ledger.writers[node.args[0]] = replace(writer, gamma=args[1].name, beta=beta)  # type: ignore[index]
+    return result(value.labels, meta)
+
+
+@rule("prelu", "_prelu_kernel")
+def _prelu(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    value, slope = args[0], args[1]
+    if slope.meta.numel() > 1:
+        own = vector(value.labels, 1)
+        if own is None:
+            ledger.pin(value.labels, "prelu over an axis of channels")
+        else:
+            ledger.tie(own, axis(slope, 0) if slope.meta.dim() == 1 else axis(slope, 1))
+    return result(value.labels, meta)
+
+
+@rule("layer_norm", "rms_norm")
+def _layer_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """Removing a channel changes the statistics of the others: not exact, so it stays."""
+    value: Value = args[0]
+    last = range(meta.dim() - len(args[1]), meta.dim())
+    if any(d in last for d in varying(value.labels)):
+        ledger.pin(value.labels, f"{short_name(node)} takes its statistics over the channels")
+    return result(value.labels, meta)
+
+
+@rule("group_norm")
+def _group_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    ledger.pin(args[0].labels, "group_norm takes its statistics over the channels of a group")
+    return result(args[0].labels, meta)
+
+
+def _spatial(dims: int) -> Rule:
+    """Ops that work inside each channel over the last `dims` dimensions."""
+
+    def apply(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+        labels = args[0].labels
+        if any(d >= labels.dim() - dims for d in varying(labels)):
+            ledger.pin(labels, f"{short_name(node)} runs over an axis of channels")
+            return fixed_like(meta)
+        front = labels[(..., *[slice(0, 1)] * dims)]
+        metas = meta if isinstance(meta, list | tuple) else [meta]
+        found = [result(front.expand(m.shape), m) for m in metas]
+        return found if isinstance(meta, list | tuple) else found[0]
+
+    return apply
+
+
+for _dims in (1, 2, 3):
+    rule(
+        f"max_pool{_dims}d", f"avg_pool{_dims}d", f"adaptive_avg_pool{_dims}d", f"adaptive_max_pool{_dims}d",
+        f"max_pool{_dims}d_with_indices", f"reflection_pad{_dims}d", f"replication_pad{_dims}d", f"lp_pool{_dims}d",
+    )(_spatial(_dims))
+rule("upsample_nearest1d", "upsample_linear1d", "_upsample_nearest_exact1d")(_spatial(1))
+rule("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
+     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(_spatial(2))
+rule("upsample_nearest3d", "upsample_trilinear3d", "_upsample_nearest_exact3d")(_spatial(3))
+
+
+# -- reductions ---------------------------------------------------------------------------------------
+
+
+@rule("mean", "sum", "amax", "amin", "max", "min", "prod", "any", "all", "var", "std", "argmax", "argmin",
+      "logsumexp", "nansum", "linalg_vector_norm")
+def _reduce(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    """Reducing over other axes keeps the labels; over the channels' own axis it pins them."""
+    value: Value = args[0]
+    if len(args) > 1 and isinstance(args[1], Value):  # max(a, b) and min(a, b) are element-wise
+        return pointwise(ledger, node, args, kwargs, meta)
+    position = 2 if short_name(node) == "linalg_vector_norm" else 1
+    given = args[position] if len(args) > position else kwargs.get("dim")
+    dims = range(value.meta.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
+    reduced = {d % max(value.meta.dim(), 1) for d in dims}
+    layers = []
+    for layer in value.layers:
+        if reduced & set(varying(layer)):
+            ledger.pin(layer, f"{short_name(node)} runs over the channels")
+            layer = torch.zeros((), dtype=torch.int64).expand(layer.shape)
+        layers.append(layer)
+    single = isinstance(meta, Tensor)
+    first = meta if single else meta[0]
+    keeps = first.dim() == value.meta.dim()
+    index = tuple((slice(0, 1) if keeps else 0) if d in reduced else slice(None) for d in range(value.meta.dim()))
+    outputs = [Value(tuple(layer[index] for layer in layers), m, weight=value.weight) for m in ([meta] if single else meta)]
+    return outputs[0] if single else outputs
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "glu")
+def _along_dim(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    value: Value = args[0]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    if dim % value.meta.dim() in varying(value.labels):
+        ledger.pin(value.labels, f"{short_name(node)} runs over the channels")
+    return result(value.labels, meta) if value.meta.shape == meta.shape else fixed(meta)
+
+
+# -- contractions -------------------------------------------------------------------------------------
+
+
+@rule("linear")
+def _linear(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    return _dense(ledger, node, args, args[0], args[1], (1, 0), bias, meta)
+
+
+@rule("matmul", "mm")
+def _matmul(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    """Activation times weight is a linear layer; two activations are attention's business."""
+    a, b = args[0], args[1]
+    if b.weight and not a.weight and b.meta.dim() == 2:
+        return _dense(ledger, node, args, a, b, (0, 1), None, meta)
+    return unknown(ledger, node, args, kwargs, meta)
+
+
+@rule("addmm")
+def _addmm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    bias, a, b = args[0], args[1], args[2]
+    if b.weight and not a.weight and bias.weight and bias.meta.dim() == 1:
+        return _dense(ledger, node, args, a, b, (0, 1), bias, meta)
+    return unknown(ledger, node, args, kwargs, meta)
+
+
+def _dense(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], x: Value, weight: Value,
+    dims: tuple[int, int], bias: Value | None, meta: Tensor,
+) -> Value:
+    """out[..., o] = sum_i x[..., i] weight[i, o]; dims: the weight's (input, output) dimensions."""
+    macs = multiply_adds(node, args, {})
+    if not weight.weight or x.weight:
+        ledger.pin_value(x, "its weight is computed from activations")
+        ledger.pin_value(weight, "its weight is computed from activations")
+        ledger.cost("linear", "", macs)
+        return fixed(meta)
+    columns, rows = axis(weight, dims[0]), axis(weight, dims[1])
+    _read(ledger, vector(x.labels, -1), x, columns)
+    _write(ledger, rows, bias, weight, dims[1])
+    ledger.cost("linear", weight.name, macs, rows, columns)
+    return result(along(rows, meta.dim() - 1, meta.shape), meta)
+
+
+def _read(ledger: Ledger, own: Tensor | None, x: Value, columns: Tensor) -> None:
+    if own is None:
+        ledger.pin(x.labels, "read along two axes of channels")
+        ledger.pin(columns, "read along two axes of channels")
+    else:
+        ledger.tie(own, columns)
+        ledger.reading(columns)
+
+
+def _write(ledger: Ledger, rows: Tensor, bias: Value | None, weight: Value, dim: int) -> None:
+    ledger.produce(rows)
+    if weight.name and ledger.node is not None:
+        ledger.writers[ledger.node] = Writer((weight.name, dim), bias.name if bias is not None else "")
+    if bias is not None:
+        ledger.tie(rows, axis(bias, bias.meta.dim() - 1))
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def _conv(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    full = [*args, *[None] * (7 - len(args))]
+    bias = kwargs.get("bias", full[2])
+    groups = kwargs.get("groups", full[6] or 1)
+    macs = multiply_adds(node, args, kwargs)
+    return _convolution(ledger, args[0], args[1], bias, groups, macs, meta, short_name(node))
+
+
+def _convolution(
+    ledger: Ledger, x: Value, weight: Value, bias: Value | None, groups: int, macs: float, meta: Tensor, kind: str
+) -> Value:
+    if not weight.weight or x.weight:
+        ledger.pin_value(x, "its weight is computed from activations")
+        ledger.pin_value(weight, "its weight is computed from activations")
+        ledger.cost(kind, "", macs)
+        return fixed(meta)
+    own, rows, columns = vector(x.labels, 1), axis(weight, 0), axis(weight, 1)
+    if groups > 1 and own is None:
+        ledger.pin(x.labels, "read along two axes of channels")
+        own = torch.zeros(x.meta.shape[1], dtype=torch.int64)
+    if groups == 1:
+        _read(ledger, own, x, columns)
+        _write(ledger, rows, bias, weight, 0)
+    elif len(columns) == 1:
+        assert own is not None
+        ledger.tie(own.repeat_interleave(len(rows) // groups), rows)
+        if bias is not None:
+            ledger.tie(rows, axis(bias, 0))
+    else:
+        # The same offset leaves every group, so that the groups stay equal and the conv stays dense.
+        assert own is not None
+        _read(ledger, own.reshape(groups, -1), x, columns.expand(groups, -1))
+        _write(ledger, rows, bias, weight, 0)
+        by_group = rows.reshape(groups, -1)
+        ledger.tie(by_group[:1].expand_as(by_group), by_group)
+    ledger.cost(kind if groups == 1 else f"{kind} groups", weight.name, macs, rows, columns)
+    return result(along(rows, 1, meta.shape), meta)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    full = [*args, *[None] * (8 - len(args))]
+    x, weight, bias = full[0], full[1], kwargs.get("bias", full[2])
+    if kwargs.get("groups", full[6] or 1) != 1 or not weight.weight:
+        return unknown(ledger, node, args, kwargs, meta)
+    columns, rows = axis(weight, 0), axis(weight, 1)
+    _read(ledger, vector(x.labels, 1), x, columns)
+    _write(ledger, rows, bias, weight, 1)
+    ledger.cost(short_name(node), weight.name, multiply_adds(node, args, kwargs), rows, columns)
+    return result(along(rows, 1, meta.shape), meta)
+
+
+@rule("embedding")
+def _embedding(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+    """A look-up writes the table's columns as channels."""
+    columns = axis(args[0], 1)
+    ledger.produce(columns)
+    return result(along(columns, meta.dim() - 1, meta.shape), meta)

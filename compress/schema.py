@@ -1,0 +1,299 @@
+"""The pipeline file's schema: every section, key, default and bound, in one place.
+
+The descriptions are shown in the JSON Schema and in the generated ``compress.yaml``. Values are strict: text
+is never read as a number, nor a number as true or false. Ratios are the share that is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+LARGEST = 2**31 - 1
+RATIOS = ("macs_ratio", "params_ratio", "units_ratio")
+
+Place = tuple[str | int, ...]
+
+
+def fault(what: str, fix: str = "", place: Place = ()) -> PydanticCustomError:
+    """A validator's own complaint; ``place`` is relative to the value that it validates."""
+    context = {"what": what, "fix": fix, "place": place}
+    return PydanticCustomError("plain", "{what}; {fix}", context)
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise fault("holds a character that cannot be printed", "remove it")
+    return text
+
+
+def _exactly_one(value: Any) -> Any:
+    if type(value) in (bool, float):  # Literal[1] takes True and 1.0 for 1
+        raise fault(f"expected 1, found {str(value).lower()}", "write version: 1")
+    return value
+
+
+def _pattern(text: str) -> str:
+    if text.startswith("re:"):
+        try:
+            re.compile(text[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise fault(f"not a valid regular expression ({error})", "check what follows re:") from None
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(DEVICE, text):
+        raise fault(f'expected "auto", "cpu" or "cuda", found "{text[:60]}"', "for one GPU of many: cuda:1")
+    return text
+
+
+def _empty(value: Any) -> Any:
+    return {} if value is None else value  # "prune:" with all its keys commented out
+
+
+DEVICE = r"auto|cpu|cuda(:[0-9]{1,3})?"
+Name = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Ratio = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+FilledIn = BeforeValidator(_empty)
+
+
+class Section(BaseModel):
+    """A part of the config: read-only, strict, no unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The trained model to compress."""
+
+    name: Name = Field(description="torchvision:NAME, timm:NAME, package.module:function, or a .pt2 file")
+    weights: Name | None = Field(
+        default=None, description="a .safetensors, .pt or .pth file, or a name such as DEFAULT"
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments for the function of name")
+    input_shape: Counts = Field(description="one input without the batch, e.g. [3, 224, 224]")
+
+
+class DataConfig(Section):
+    """The data it is pruned, fine-tuned and judged on."""
+
+    name: Name = Field(
+        description="mnist5k, torchvision:NAME, package.module:function, or a folder of images"
+    )
+    root: Name = Field(default="data", description="where data sets lie")
+    batch_size: Count = Field(default=128, description="images per training step")
+    mean: list[float] | None = Field(default=None, description="per channel, subtracted from images in 0..1")
+    std: list[Positive] | None = Field(default=None, description="per channel, divides the images")
+    augment: Literal["none", "flip_crop"] = Field(default="none", description="none or flip_crop")
+    validation: float = Field(
+        default=0.1, gt=0, le=0.5, description="share of the training images held out to choose by"
+    )
+    train_limit: Count | None = Field(default=None, description="use this many training images at most")
+    test_limit: Count | None = Field(default=None, description="use this many test images at most")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments for the function of name")
+
+
+class DistillConfig(Section):
+    """Learning from the original model's outputs as well as from the labels."""
+
+    alpha: Fraction = Field(
+        default=0.5, description="weight of the original's outputs against the labels, 0 to 1"
+    )
+    temperature: Positive = Field(default=4.0, description="softens both outputs")
+
+
+class TrainConfig(Section):
+    """Training by gradient descent: used for train and for finetune."""
+
+    epochs: int = Field(
+        default=10, ge=0, le=LARGEST, description="passes over the training images; 0 skips it"
+    )
+    optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd or adamw")
+    lr: Positive = Field(default=0.01, description="learning rate at its highest")
+    momentum: BelowOne = Field(default=0.9, description="of sgd")
+    weight_decay: NotNegative = Field(default=1e-4, description="pull of the weights towards zero")
+    schedule: Literal["cosine", "step", "constant"] = Field(
+        default="cosine", description="cosine, step or constant"
+    )
+    step_epochs: Count = Field(default=10, description="schedule step: epochs between two falls of the rate")
+    step_gamma: float = Field(default=0.1, gt=0, le=1, description="schedule step: factor of each fall")
+    warmup_epochs: NotNegative = Field(default=0.0, description="epochs of linear rise to lr")
+    label_smoothing: BelowOne = Field(default=0.0, description="0 is off")
+    distill: DistillConfig | None = Field(
+        default=None, description="{alpha: 0.5, temperature: 4} learns from the original too"
+    )
+    amp: Literal["auto", "off", "bf16", "fp16"] = Field(
+        default="auto", description="mixed precision: auto, off, bf16, fp16"
+    )
+
+    @model_validator(mode="after")
+    def _warm_up_fits(self) -> TrainConfig:
+        if self.epochs and self.warmup_epochs > self.epochs:
+            what = f"must be at most epochs ({self.epochs}), found {self.warmup_epochs:g}"
+            raise fault(what, place=("warmup_epochs",))
+        return self
+
+
+class PruneConfig(Section):
+    """Which channels leave, and how many; exactly one of the three ratios."""
+
+    macs_ratio: Ratio | None = Field(
+        default=None, description="share of multiply-adds kept (0.5 if no ratio is given)"
+    )
+    params_ratio: Ratio | None = Field(default=None, description="or: share of parameters kept")
+    units_ratio: Ratio | None = Field(default=None, description="or: share of channel groups kept")
+    criterion: Literal["taylor", "magnitude", "random"] = Field(
+        default="taylor", description="taylor, magnitude or random"
+    )
+    minibatches_per_step: Count = Field(
+        default=10, description="batches that scores are summed over between removals"
+    )
+    units_per_step: Count | None = Field(
+        default=None, description="channel groups removed at once; null: 2 % of them"
+    )
+    lr: Positive = Field(default=0.001, description="learning rate while pruning")
+    momentum: BelowOne = Field(default=0.9, description="momentum while pruning")
+    weight_decay: NotNegative = Field(default=0.0, description="weight decay while pruning")
+    ema: BelowOne = Field(default=0.9, description="how much of the last step's scores is kept")
+    align: Count | Literal["auto"] = Field(
+        default="auto", description="channels kept: multiples of this; auto: by bench.target"
+    )
+    min_keep: Fraction = Field(default=0.1, description="least share of each layer's channels that stays")
+    rank: Literal["importance", "importance_per_mac"] = Field(
+        default="importance", description="or importance_per_mac"
+    )
+    keep: list[Annotated[Name, AfterValidator(_pattern)]] = Field(
+        default_factory=list, description='parameters not to prune: names, or "re:PATTERN"'
+    )
+    max_loss_increase: NotNegative | None = Field(
+        default=None, description="stop early when the loss rises by more"
+    )
+    max_accuracy_drop: Fraction | None = Field(
+        default=None, description="stop early when accuracy falls by more, e.g. 0.05"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_ratio(cls, data: Any) -> Any:
+        if isinstance(data, dict) and all(data.get(ratio) is None for ratio in RATIOS):
+            return {**data, "macs_ratio": 0.5}
+        return data
+
+    @model_validator(mode="after")
+    def _one_ratio(self) -> PruneConfig:
+        given = [ratio for ratio in RATIOS if getattr(self, ratio) is not None]
+        if len(given) > 1:
+            what = f"give only one of {', '.join(RATIOS)}; found {' and '.join(given)}"
+            raise fault(what, "set the others to null", place=(given[-1],))
+        return self
+
+
+class ExportConfig(Section):
+    """The ONNX file."""
+
+    opset: Count | None = Field(default=None, description="ONNX operator set; null: the exporter's own")
+    tolerance: Positive = Field(default=1e-4, description="largest relative error, ONNX against PyTorch")
+    batches: Counts = Field(default=[1, 2, 7], description="batch sizes at which the two are compared")
+
+
+class BenchConfig(Section):
+    """How latency is measured."""
+
+    target: Name = Field(
+        default="cpu-ort", description="the hardware it is for: a target's name, or a .toml file"
+    )
+    batches: Counts = Field(default=[1, 32], description="batch sizes")
+    repeats: int = Field(
+        default=20, ge=3, le=LARGEST, description="interleaved pairs, original against dense"
+    )
+    seconds: Positive = Field(default=1.0, le=3600, description="least time per runner, batch and model")
+    threads: Count = Field(default=1, description="CPU threads")
+    runners: Annotated[list[Name], Field(min_length=1)] = Field(
+        default=["torch", "onnxruntime"], description="what runs the model"
+    )
+
+
+class GatesConfig(Section):
+    """What must hold before the model may ship; null switches a gate off."""
+
+    accuracy_drop: Fraction | None = Field(
+        default=0.01, description="largest fall of accuracy, 0.01 is one point"
+    )
+    speedup: Positive | None = Field(
+        default=None, description="least original / dense median latency, e.g. 1.5"
+    )
+    latency_ms: Positive | None = Field(default=None, description="largest median latency")
+    runner: Name = Field(default="onnxruntime", description="whose latency the gates look at")
+    batch: Count | None = Field(
+        default=None, description="at which batch size; null: the largest of bench.batches"
+    )
+    size_ratio: Positive | None = Field(
+        default=None, description="largest dense / original size of the ONNX file"
+    )
+    parity: bool = Field(default=True, description="ONNX must agree with PyTorch within export.tolerance")
+
+
+class Config(Section):
+    """compress.yaml: what to compress, how, and what must hold before it may ship."""
+
+    version: Annotated[Literal[1], BeforeValidator(_exactly_one)] = Field(
+        description="1, the version of this file's format"
+    )
+    model: Annotated[ModelConfig, FilledIn] = Field(description="the trained model to compress")
+    data: Annotated[DataConfig, FilledIn] = Field(description="the data it is pruned and judged on")
+    train: TrainConfig | None = Field(
+        default=None, description="train the model first; the same keys as finetune"
+    )
+    prune: Annotated[PruneConfig, FilledIn] = Field(
+        default_factory=PruneConfig, description="which channels leave, and how many"
+    )
+    finetune: TrainConfig | None = Field(
+        default_factory=TrainConfig, description="training after pruning; null skips it"
+    )
+    export: Annotated[ExportConfig, FilledIn] = Field(
+        default_factory=ExportConfig, description="the ONNX file"
+    )
+    bench: Annotated[BenchConfig, FilledIn] = Field(
+        default_factory=BenchConfig, description="how latency is measured"
+    )
+    gates: Annotated[GatesConfig, FilledIn] = Field(
+        default_factory=GatesConfig, description="what must hold before it may ship; null switches a gate off"
+    )
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="every random choice follows from it")
+    device: Annotated[str, AfterValidator(_device)] = Field(
+        default="auto", description="auto, cpu or cuda", json_schema_extra={"pattern": f"^({DEVICE})$"}
+    )
+    out: Name = Field(default="run", description="the folder that a run works in")
+
+    @model_validator(mode="after")
+    def _channels_fit(self) -> Config:
+        for key in ("mean", "std"):
+            values, shape = getattr(self.data, key), self.model.input_shape
+            if values is not None and len(shape) == 3 and len(values) not in (1, shape[0]):
+                what = (
+                    f"expected {shape[0]} numbers, one per channel of model.input_shape, found {len(values)}"
+                )
+                raise fault(what, place=("data", key))
+        return self
+
+    @model_validator(mode="after")
+    def _gates_are_measured(self) -> Config:
+        if self.gates.speedup is None and self.gates.latency_ms is None:
+            return self
+        if self.gates.runner not in self.bench.runners:
+            what = f'no runner of this name is measured, found "{self.gates.runner}"'
+            raise fault(what, "add it to bench.runners", place=("gates", "runner"))
+        if self.gates.batch is not None and self.gates.batch not in self.bench.batches:
+            what = f"this batch size is not measured, found {self.gates.batch}"
+            raise fault(what, "add it to bench.batches", place=("gates", "batch"))
+        return self

@@ -1,0 +1,160 @@
+"""Scores, cost, target and alignment in; the channels to keep out.
+
+Channels leave in steps from one aligned width of their layer to the next lower one, cheapest step
+first, so every intermediate network is one the target runs well and no layer is ever emptied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, gcd
+
+import numpy as np
+
+from compress.channelmap import ChannelMap
+from compress.cost import CostModel, class_counts, cost_model
+from compress.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Target:
+    """kind: macs, params or units; ratio: the share of it that is to stay, 0 < ratio < 1."""
+
+    kind: str
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("macs", "params", "units"):
+            raise ValueError(f"unknown target {self.kind}: macs, params or units")
+        if not 0 < self.ratio < 1:
+            raise ModelError(f"{self.kind}_ratio is {self.ratio}", fix="give a share between 0 and 1, both excluded")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """keep: bool (units,). reached: whether the target is met. removed: units removed by this call."""
+
+    keep: np.ndarray
+    reached: bool
+    removed: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be chosen: allowed widths per class, ascending; cost; target; how steps are ranked."""
+
+    cmap: ChannelMap
+    cost: CostModel
+    levels: tuple[np.ndarray, ...]
+    target: Target
+    per_mac: bool = False
+
+
+def space(
+    cmap: ChannelMap, target: Target, *, align: int = 1, min_keep: float = 0.1, per_mac: bool = False
+) -> Space:
+    """All widths a pruning may end at.
+
+    align: kept channels are multiples of it (a smaller power of two in layers not wider than it).
+    min_keep: least share of each layer's channels that stays, at least one unit.
+    Raises ModelError when nothing can be pruned or the target lies below the narrowest network.
+    """
+    if cmap.units == 0:
+        raise ModelError(
+            "the model has no prunable unit",
+            fix="every channel is pinned: `compress inspect` lists why, by op and source line",
+        )
+    model = cost_model(cmap)
+    members = [np.flatnonzero(cmap.classes == c) for c in range(len(model.full))]
+    levels = tuple(
+        widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in members
+    )
+    least = model.ratio(target.kind, np.array([level[0] for level in levels]))
+    if least > target.ratio:
+        raise ModelError(
+            f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least",
+            fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or free more layers (prune.keep)",
+        )
+    return Space(cmap, model, levels, target, per_mac)
+
+
+def widths(units: int, align: int, multiplicity: int, min_keep: float) -> np.ndarray:
+    """Allowed kept counts of a class of `units`, ascending; the full width is always allowed."""
+    step = align // gcd(align, multiplicity)
+    while step >= units and step > 1:
+        step //= 2
+    floor = max(1, ceil(min_keep * units - 1e-9))
+    allowed = np.arange(step, units + 1, step)
+    return np.unique(np.append(allowed[allowed >= floor], units))
+
+
+def remove(scores: np.ndarray, keep: np.ndarray, where: Space, count: int | None = None) -> Selection:
+    """Remove at least `count` of the least important units (all that the target asks if None).
+
+    scores: (units,), higher is more important; keep: bool (units,), what is still there.
+    Stops as soon as the target is met; the step that meets it is the cheapest one that does.
+    """
+    keep = keep.copy()
+    counts = class_counts(where.cmap, keep)
+    order = _ascending(scores, keep, where.cmap)
+    removed = 0
+    while not _met(where, counts) and (count is None or removed < count):
+        moves = _moves(scores, counts, order, where)
+        if not moves:
+            break
+        ending = [move for move in moves if _met(where, _after(counts, move))]
+        cheapest = min(moves, key=lambda move: move.price)
+        move = cheapest
+        if ending:
+            last = min(ending, key=lambda m: m.loss)
+            move = last if last.loss <= cheapest.loss or cheapest in ending else cheapest
+        gone = order[move.group][: move.units]
+        order[move.group] = order[move.group][move.units :]
+        keep[gone] = False
+        counts = _after(counts, move)
+        removed += move.units
+    return Selection(keep, _met(where, counts), removed)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Narrow class `group` by `units`; loss: their summed importance; price: what it is ranked by."""
+
+    group: int
+    units: int
+    loss: float
+    price: float
+
+
+def _met(where: Space, counts: np.ndarray) -> bool:
+    return where.cost.ratio(where.target.kind, counts) <= where.target.ratio + 1e-12
+
+
+def _after(counts: np.ndarray, move: _Move) -> np.ndarray:
+    after = counts.copy()
+    after[move.group] -= move.units
+    return after
+
+
+def _ascending(scores: np.ndarray, keep: np.ndarray, cmap: ChannelMap) -> list[np.ndarray]:
+    """Kept units of each class, least important first (ties by position)."""
+    classes = int(cmap.classes.max(initial=-1)) + 1
+    members = [np.flatnonzero(keep & (cmap.classes == c)) for c in range(classes)]
+    return [m[np.argsort(scores[m], kind="stable")] for m in members]
+
+
+def _moves(scores: np.ndarray, counts: np.ndarray, order: list[np.ndarray], where: Space) -> list[_Move]:
+    """The next narrower width of every class, with its price per unit or per MAC saved."""
+    found = []
+    for group, levels in enumerate(where.levels):
+        below = levels[levels < counts[group]]
+        if not below.size:
+            continue
+        units = int(counts[group] - below[-1])
+        loss = float(scores[order[group][:units]].sum())
+        move = _Move(group, units, loss, loss / units)
+        if where.per_mac:
+            saved = where.cost.macs.total(counts) - where.cost.macs.total(_after(counts, move))
+            move = _Move(group, units, loss, loss / max(saved, 1.0))
+        found.append(move)
+    return found

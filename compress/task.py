@@ -1,0 +1,304 @@
+"""What a model is trained for: batches, a loss, a measure. Classification by name, all else by user code."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress import seeds
+from compress.data import Splits, open_data
+from compress.errors import ConfigError, DataError, ModelError
+from compress.names import first_line
+from compress.sources import Draw, Images, Source
+
+if TYPE_CHECKING:
+    from compress.config import DataConfig, ModelConfig
+
+Batch = Any  # whatever the task's loss understands; for classification (images, labels)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a model is on one split. ``value``: larger is better, a share of 1 for "top1".
+
+    loss: mean over the examples. n: examples. correct: (n,) bool on the CPU, in the split's fixed order, for
+    paired statistics; None when the measure is not a share of right answers.
+    """
+
+    metric: str
+    value: float
+    loss: float
+    n: int
+    correct: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Batches, loss and measure of one piece of work. User code may make its own.
+
+    loss: any callable of (model, batch) that gives a scalar tensor. train_batches(epoch, start): the
+    batches of that epoch (the first is 1) from number ``start`` on, the same whenever it is asked.
+    evaluate(model, split): "validation" or "test", in eval mode, the model's mode restored. classes: None
+    when labels are not class numbers. fingerprint: a hash of the data, so that results of other data are
+    not taken for these.
+    """
+
+    loss: Callable[[nn.Module, Batch], Tensor]
+    train_batches: Callable[[int, int], Iterator[Batch]]
+    batches_per_epoch: int
+    evaluate: Callable[[nn.Module, str], Evaluation]
+    n_train: int
+    n_validation: int
+    n_test: int
+    classes: int | None = None
+    fingerprint: str = ""
+    name: str = "task"
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Mean cross-entropy of (images, labels), in nats; ``smoothing`` spreads that share over all classes."""
+
+    smoothing: float = 0.0
+
+    def __call__(self, model: nn.Module, batch: Images) -> Tensor:
+        images, labels = batch
+        logits = logits_of(model(images))
+        return functional.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
+
+def build_task(config: DataConfig, model: ModelConfig, seed: int, folder: Path) -> Task:
+    """The task that ``config`` names: classification of its images, or the Task that user code returns.
+
+    ``train_limit`` images (all if None) are taken from the training images in a fixed random order; the share
+    ``validation`` of them is held out. Neither that choice nor the test images depend on ``seed``. Raises
+    DataError (exit 3).
+    """
+    found = open_data(config, model.input_shape, folder)
+    if isinstance(found, Task):
+        return found
+    if not isinstance(found, Splits):
+        fix = "return a compress.task.Task, or {'train': ..., 'test': ...}"
+        raise DataError(f"gave a {type(found).__name__}", config.name, fix)
+    return _classification(found, config, seed)
+
+
+def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
+    """Run one training batch through the model in eval mode and return its loss; nothing is changed.
+
+    Raises DataError (exit 3) when the images do not have ``input_shape`` or a label has no output of the
+    model, ModelError (exit 4) when the model fails on them, or its loss is no finite scalar.
+    """
+    with seeds.isolated(), eval_mode(model):
+        batch = move(next(iter(task.train_batches(1, 0))), device_of(model))
+        if task.classes is not None:
+            _check_classification(model, task, batch, tuple(input_shape))
+        with torch.enable_grad(), _model_errors():
+            loss = task.loss(model, batch)
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        shown = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ModelError(f"the loss is not a scalar tensor but {shown}", task.name)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ModelError(
+            f"the loss of the first batch is {value}", task.name, "check data.mean, data.std and weights"
+        )
+    return value
+
+
+def logits_of(output: Any) -> Tensor:
+    """The (n, classes) tensor in a model's output: itself, ``.logits``, or the first of several.
+
+    Auxiliary outputs (GoogLeNet, Inception in train mode) are left out. Raises ModelError (exit 4).
+    """
+    found = getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if isinstance(found, Tensor):
+        return found
+    fix = "give a function that returns a Task with a loss of its own"
+    raise ModelError(f"the model's output is a {type(found).__name__}, not a tensor of logits", "model", fix)
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """``value`` with every tensor in it, at any depth of tuples, lists and dicts, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(item, device) for item in value)
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU when it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards it and each of its parts are in the mode they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a source, in a fixed order."""
+
+    source: Source
+    indices: Tensor
+
+    def draws(self, size: int) -> Iterator[Draw]:
+        for indices in self.indices.split(size):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            yield Draw(indices)
+
+
+@dataclass(frozen=True)
+class _Classifying:
+    """Training and evaluation of a classifier on three parts."""
+
+    train: _Part
+    held_out: Mapping[str, _Part]
+    batch_size: int
+    augment: bool
+    seed: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return max(1, len(self.train.indices) // self.batch_size)
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[Images]:
+        """Batches of one size; what is left over at the end of an epoch's order is not used in that epoch."""
+        order = torch.randperm(len(self.train.indices), generator=seeds.generator("order", self.seed, epoch))
+        indices, size = self.train.indices[order], self.batch_size
+        draws = [
+            Draw(indices[i * size : (i + 1) * size], (self.seed, epoch, i) if self.augment else None)
+            for i in range(start, self.batches_per_epoch)
+        ]
+        return self.train.source.batches(draws)
+
+    def evaluate(self, model: nn.Module, split: str) -> Evaluation:
+        if split not in self.held_out:
+            raise ConfigError(f"unknown split {split!r}", "evaluate", f"one of {', '.join(self.held_out)}")
+        part, device = self.held_out[split], device_of(model)
+        total, correct = 0.0, []
+        with eval_mode(model), torch.no_grad():
+            for batch in part.source.batches(part.draws(self.batch_size)):
+                images, labels = move(batch, device)
+                logits = logits_of(model(images))
+                total += float(functional.cross_entropy(logits.double(), labels, reduction="sum"))
+                correct.append((logits.argmax(1) == labels).cpu())
+        right = torch.cat(correct)
+        return Evaluation("top1", float(right.double().mean()), total / len(right), len(right), right)
+
+
+def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
+    train, validation = _train_and_validation(splits, config)
+    test = _Part(splits.test, _some(len(splits.test), config.test_limit).sort().values)
+    augment = config.augment == "flip_crop"
+    held_out = {"validation": validation, "test": test}
+    parts = _Classifying(train, held_out, config.batch_size, augment, seed)
+    return Task(
+        loss=CrossEntropy(),
+        train_batches=parts.train_batches,
+        batches_per_epoch=parts.batches_per_epoch,
+        evaluate=parts.evaluate,
+        n_train=len(train.indices),
+        n_validation=len(validation.indices),
+        n_test=len(test.indices),
+        classes=_classes(splits),
+        fingerprint=_fingerprint(splits, config),
+        name=splits.name,
+    )
+
+
+def _train_and_validation(splits: Splits, config: DataConfig) -> tuple[_Part, _Part]:
+    chosen = _some(len(splits.train), config.train_limit)
+    if splits.validation is not None:
+        everything = torch.arange(len(splits.validation))
+        return _Part(splits.train, chosen), _Part(splits.validation, everything)
+    held_out = max(1, round(len(chosen) * config.validation))
+    if held_out >= len(chosen):
+        what = f"{len(chosen)} training images are too few to hold some out"
+        raise DataError(what, splits.name, "give more images, or raise data.train_limit")
+    return _Part(splits.train, chosen[held_out:]), _Part(splits.train, chosen[:held_out].sort().values)
+
+
+def _some(n: int, limit: int | None) -> Tensor:
+    """``limit`` of ``n`` indices (all if None) in an order that is random but always the same."""
+    return torch.randperm(n, generator=seeds.generator("choice", n))[:limit]
+
+
+def _classes(splits: Splits) -> int:
+    """One more than the largest label, or the classes that the data set names if those are more."""
+    sources = [s for s in (splits.train, splits.test, splits.validation) if s is not None]
+    known = [int(labels.max()) + 1 for s in sources if (labels := s.labels) is not None]
+    return max([*known, splits.classes or 0])
+
+
+def _fingerprint(splits: Splits, config: DataConfig) -> str:
+    facts: list[Any] = [s.digest() for s in (splits.train, splits.test)]
+    facts += [splits.validation.digest() if splits.validation is not None else None]
+    facts += [config.batch_size, config.mean, config.std, config.augment, config.validation]
+    facts += [config.train_limit, config.test_limit, sorted(config.kwargs.items(), key=repr)]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _check_classification(model: nn.Module, task: Task, batch: Batch, shape: tuple[int, ...]) -> None:
+    images, labels = batch
+    if tuple(images.shape[1:]) != shape:
+        what = f"images have shape {list(images.shape[1:])}, but model.input_shape is {list(shape)}"
+        raise DataError(what, task.name, "change one of the two")
+    with torch.no_grad(), _model_errors(list(images.shape)):
+        logits = logits_of(model(images))
+    if logits.ndim != 2 or len(logits) != len(images):
+        what = f"the model's output has shape {list(logits.shape)}, not [{len(images)}, classes]"
+        raise ModelError(what, "model", "give a function that returns a Task with a loss of its own")
+    largest = max(int(labels.max()), (task.classes or 0) - 1)
+    if largest >= logits.shape[1]:
+        what = f"labels go up to {largest}, but the model has {logits.shape[1]} outputs"
+        raise DataError(
+            what, task.name, f"set the model to {largest + 1} classes (model.kwargs: num_classes)"
+        )
+    if int(labels.min()) < 0:
+        raise DataError(f"label {int(labels.min())} is below 0", task.name, "classes are counted from 0")
+
+
+@contextmanager
+def _model_errors(shape: Sequence[int] | None = None) -> Iterator[None]:
+    """Anything the model's own code raises on its first batch, as one line."""
+    try:
+        yield
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AssertionError,
+        AttributeError,
+        KeyError,
+    ) as error:
+        on = f" on images of shape {list(shape)}" if shape else " in its loss"
+        what = f"the model fails{on}: {first_line(error)}"
+        raise ModelError(what, "model", "is model.input_shape what it was built for?") from error

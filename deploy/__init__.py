@@ -1,0 +1,1 @@
+"""Artifacts in, measurements out: ONNX export, runners, parity, latency, report, gate."""

@@ -1,0 +1,20 @@
+"""One thread per test process; real data through COMPRESS_DATA or a stated skip."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compress_data() -> Path:
+    """The folder of real data and weights that COMPRESS_DATA names."""
+    folder = os.environ.get("COMPRESS_DATA")
+    if not folder:
+        pytest.skip("COMPRESS_DATA is not set: it names the folder with CIFAR-10 and pretrained weights")
+    return Path(folder)
