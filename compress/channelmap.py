@@ -21,9 +21,17 @@ from compress.rules import MOVEMENT, find, values_in
 from compress.trace import Traced, get_tensor, placeholders
 
 INTEGER_FUNCTIONS = frozenset(
-    {operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod, operator.truediv, operator.neg}
+    {
+        operator.mul,
+        operator.add,
+        operator.sub,
+        operator.floordiv,
+        operator.mod,
+        operator.truediv,
+        operator.neg,
+    }
 )
-_CREATORS = frozenset("zeros ones full empty arange eye linspace scalar_tensor tensor randn rand".split())
+_CREATORS = frozenset(("zeros", "ones", "full", "empty", "arange", "eye", "linspace", "scalar_tensor"))
 
 
 @dataclass(frozen=True)
@@ -224,8 +232,16 @@ def _finish(ledger: Ledger, env: dict[fx.Node, Any], tensors: dict[str, Tensor])
     units = int(unit_of_label.max(initial=-1)) + 1
     classes, multiplicity = _classes(axes, units)
     return ChannelMap(
-        units, axes, reads, nodes, unit_of_label, classes, multiplicity,
-        tuple(ledger.terms), _pinned(ledger, component), tuple(ledger.writers.values()),
+        units,
+        axes,
+        reads,
+        nodes,
+        unit_of_label,
+        classes,
+        multiplicity,
+        tuple(ledger.terms),
+        _pinned(ledger, component),
+        tuple(ledger.writers.values()),
         {name: tuple(t.shape) for name, t in tensors.items()},
         frozenset(name for name, t in tensors.items() if isinstance(t, torch.nn.Parameter)),
     )

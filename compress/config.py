@@ -115,9 +115,10 @@ class _Source:
         self.data: Any = document.data if isinstance(document.data, dict) else {}
         self.flags: dict[Path, str] = {}  # what --set gave, or made on its way: its dotted name
         self.problems: list[tuple[tuple[int, Any], ConfigError]] = []  # with what to sort them by
-        self.blamed: set[Path] = set()
+        self.blamed: set[Path] = set()  # whose value could not be read
         for fault in document.faults:
-            self.blamed.add(fault.path)
+            if fault.lost:
+                self.blamed.add(fault.path)
             where = _place(name, fault.mark, fault.path)
             self.problems.append(((0, fault.mark), ConfigError(fault.what, where, fault.fix)))
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 
 from compress.config_faults import section
@@ -14,6 +15,7 @@ from compress.schema import Config
 from compress.strict_yaml import resolve
 
 _COMMENT_COLUMN = 34
+_PLAIN = re.compile(r"[A-Za-z0-9_/](?:[A-Za-z0-9_./:-]*[A-Za-z0-9_./])?")
 _HEAD = """\
 # compress.yaml: what to compress, how, and what must hold before it may ship.
 # A line such as "# key: value" shows an option at its default: remove the "# " to change it.
@@ -81,16 +83,14 @@ def scalar(value: Any) -> str:
         return "{" + ", ".join(f"{scalar(str(k))}: {scalar(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(scalar(item) for item in value) + "]"
-    if isinstance(value, str) and re.fullmatch(
-        r"[A-Za-z0-9_./][A-Za-z0-9_./:-]*[A-Za-z0-9_./]|[A-Za-z]", value
-    ):
-        plain = not value.startswith(("---", "..."))
-        return value if plain and isinstance(_resolved(value), str) else json.dumps(value)
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and _is_text(value):
+        return value
     return json.dumps(value, allow_nan=False)
 
 
-def _resolved(text: str) -> Any:
+def _is_text(value: str) -> bool:
+    """Whether unquoted ``value`` is text by YAML 1.2 and, for other tools, by YAML 1.1 too (no, 12:30)."""
     try:
-        return resolve(text)
+        return isinstance(resolve(value), str) and isinstance(yaml.safe_load(value), str)
     except ValueError:
-        return None
+        return False

@@ -83,7 +83,9 @@ def cost_model(cmap: ChannelMap) -> CostModel:
     return CostModel(_products(macs, cmap, full), _products(params, cmap, full), full)
 
 
-def _products(terms: Sequence[tuple[float, list[np.ndarray]]], cmap: ChannelMap, full: np.ndarray) -> Products:
+def _products(
+    terms: Sequence[tuple[float, list[np.ndarray]]], cmap: ChannelMap, full: np.ndarray
+) -> Products:
     width = max((len(vectors) for _, vectors in terms), default=0)
     base = np.ones((len(terms), width))
     weight = np.zeros((len(terms), width, len(full)))

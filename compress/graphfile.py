@@ -22,9 +22,19 @@ VERSION = 1
 _NAMESPACES = ("aten", "torchvision")
 _FUNCTIONS = {
     f.__name__: f
-    for f in (operator.getitem, operator.mul, operator.add, operator.sub, operator.floordiv, operator.mod, operator.neg)
+    for f in (
+        operator.getitem,
+        operator.mul,
+        operator.add,
+        operator.sub,
+        operator.floordiv,
+        operator.mod,
+        operator.neg,
+    )
 }
-_TORCH = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype | torch.memory_format | torch.layout)}
+_TORCH = {
+    str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype | torch.memory_format | torch.layout)
+}
 
 
 def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Path, Path]:
@@ -39,6 +49,8 @@ def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Pa
     if not isinstance(codegen, fx.graph._PyTreeCodeGen):
         raise ModelError("the graph has no input structure", fix="trace the model with compress.trace")
     info = codegen.pytree_info
+    assert info.in_spec is not None
+    assert info.out_spec is not None
     document = {
         "version": VERSION,
         "inputs": example_shapes,
@@ -50,7 +62,10 @@ def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Pa
         "nodes": [_encode_node(node) for node in net.graph.nodes],
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-    graph_path, weights_path = stem.with_name(stem.name + ".graph.json"), stem.with_name(stem.name + ".safetensors")
+    graph_path, weights_path = (
+        stem.with_name(stem.name + ".graph.json"),
+        stem.with_name(stem.name + ".safetensors"),
+    )
     with files.whole(weights_path) as temporary:
         save_file(tensors, str(temporary))
     files.write_json(graph_path, document)
@@ -65,7 +80,10 @@ def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    graph_path, weights_path = stem.with_name(stem.name + ".graph.json"), stem.with_name(stem.name + ".safetensors")
+    graph_path, weights_path = (
+        stem.with_name(stem.name + ".graph.json"),
+        stem.with_name(stem.name + ".safetensors"),
+    )
     document = files.read_json(graph_path)
     try:
         tensors = load_file(str(weights_path))
@@ -74,7 +92,9 @@ def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
     try:
         return _decode(document, tensors), [[int(s) for s in shape] for shape in document["inputs"]]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        raise IntegrityError(f"not a graph: {type(error).__name__} {error}", str(graph_path), "write it again") from error
+        raise IntegrityError(
+            f"not a graph: {type(error).__name__} {error}", str(graph_path), "write it again"
+        ) from error
 
 
 def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
@@ -107,7 +127,9 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
 
 def _encode_node(node: fx.Node) -> dict[str, Any]:
     if node.op not in ("placeholder", "get_attr", "call_function", "output"):
-        raise ModelError(f"{node.op} {node.target} cannot be written to a file", where=node.meta.get("source", ""))
+        raise ModelError(
+            f"{node.op} {node.target} cannot be written to a file", where=node.meta.get("source", "")
+        )
     return {
         "op": node.op,
         "name": node.name,
@@ -127,7 +149,7 @@ def _encode_target(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
         return f"{target.namespace}::{target._schema.name.split('::')[1]}.{target._overloadname}"
     if _FUNCTIONS.get(getattr(target, "__name__", "")) is target:
-        return f"operator::{target.__name__}"  # type: ignore[union-attr]
+        return f"operator::{target.__name__}"
     raise ModelError(f"{target} cannot be written to a file", where=node.meta.get("source", ""))
 
 

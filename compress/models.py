@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -186,7 +187,9 @@ def _read_torch(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         _check_zip(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # its remarks on pickle's protocols help nobody here
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "instantiate" in str(error) or "Unsupported class" in str(error):
             what = "holds pickled objects other than tensors, which would run code when read; it was not read"

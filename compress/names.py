@@ -74,7 +74,10 @@ def _import(module_name: str, folder: Path, where: str) -> Any:
         missing = error.name or module_name
         if module_name == missing or module_name.startswith(missing + "."):
             beside = (p.stem if p.suffix == ".py" else p.name for p in folder.glob("*"))
-            fix = nearest(missing, beside) or f"it is looked for in {folder.name or '.'}/ and on sys.path"
+            fix = (
+                nearest(missing, ["torchvision", "timm", *beside])
+                or f"it is looked for in {folder.name or '.'}/ and on sys.path"
+            )
             raise ConfigError(f"no module named {missing!r}", where, fix) from error
         fix = f"install {missing!r} first"
         raise ConfigError(f"module {module_name!r} needs {missing!r}", where, fix) from error

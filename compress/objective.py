@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """What is minimised: the task's loss, with the teacher's outputs where distilling, in the chosen precision.
+    """The task's loss, with the teacher's outputs where distilling, in the chosen precision.
 
     Distillation (Hinton et al. 2015, section 2): (1 - alpha) loss + alpha T^2 KL(teacher / T || student / T),
     in nats, mean over the batch. The model's inputs and logits are taken from the forward pass that the
@@ -31,9 +31,8 @@ class Objective:
     ) -> None:
         self.loss, self.distill, self.device = loss, config.distill, device
         if self.distill is not None and teacher is None:
-            raise ConfigError(
-                "distill needs a teacher", "distill", "remove it: this stage has no original model"
-            )
+            fix = "remove it: this stage has no original model to learn from"
+            raise ConfigError("distill needs a teacher", "distill", fix)
         self.teacher = teacher.to(device).eval() if teacher is not None and self.distill is not None else None
         self.dtype = _precision(config.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -47,7 +46,10 @@ class Objective:
         assert self.distill is not None  # for the type checker: there is a teacher
         assert self.teacher is not None
         calls: list[tuple[Any, Any, Any]] = []
-        note = lambda _, args, kwargs, output: calls.append((args, kwargs, output))  # noqa: E731
+
+        def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append((args, kwargs, output))
+
         hook = model.register_forward_hook(note, with_kwargs=True)
         try:
             loss: Tensor = self.loss(model, batch)
@@ -74,6 +76,7 @@ def distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def loss_of(task: Task, config: TrainConfig) -> Callable[[nn.Module, Batch], Tensor]:
+    """The task's loss, smoothed as ``config`` asks. Raises ConfigError when it is not `CrossEntropy`."""
     if not config.label_smoothing:
         return task.loss
     if isinstance(task.loss, CrossEntropy):

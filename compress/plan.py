@@ -39,7 +39,11 @@ class Plan:
             axes.setdefault(name, {})[str(dim)] = list(kept)
         shapes = {name: list(shape) for name, shape in self.shapes.items()}
         return {
-            "version": VERSION, "fingerprint": self.fingerprint, "shapes": shapes, "axes": axes, "groups": self.groups,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "shapes": shapes,
+            "axes": axes,
+            "groups": self.groups,
         }
 
 
@@ -51,7 +55,9 @@ def make_plan(cmap: ChannelMap, keep: np.ndarray, groups: dict[str, int]) -> Pla
     for key, units in cmap.axes.items():
         stays = (units < 0) | keep[units]
         if not stays.any():
-            raise ModelError(f"no channel of {key[0]} (dimension {key[1]}) would stay", fix="raise prune.min_keep")
+            raise ModelError(
+                f"no channel of {key[0]} (dimension {key[1]}) would stay", fix="raise prune.min_keep"
+            )
         if not stays.all():
             axes[key] = tuple(int(i) for i in np.flatnonzero(stays))
     return Plan(dict(cmap.shapes), axes, groups)
@@ -61,7 +67,9 @@ def from_json(document: Any, where: str = "plan.json") -> Plan:
     """Read and check a plan. Raises ConfigError naming the first thing that is wrong."""
     try:
         if document["version"] != VERSION:
-            raise ConfigError(f"plan version {document['version']} is not {VERSION}", where, "make the plan again")
+            raise ConfigError(
+                f"plan version {document['version']} is not {VERSION}", where, "make the plan again"
+            )
         shapes = {str(n): tuple(int(s) for s in shape) for n, shape in document["shapes"].items()}
         axes = {
             (str(n), int(d)): tuple(int(i) for i in kept)
@@ -71,7 +79,9 @@ def from_json(document: Any, where: str = "plan.json") -> Plan:
         plan = Plan(shapes, axes, {str(n): int(g) for n, g in document["groups"].items()})
         stated = document["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"not a plan: {type(error).__name__} {error}", where, "make the plan again") from error
+        raise ConfigError(
+            f"not a plan: {type(error).__name__} {error}", where, "make the plan again"
+        ) from error
     for (name, dim), kept in plan.axes.items():
         size = shapes[name][dim] if name in shapes and 0 <= dim < len(shapes[name]) else 0
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:

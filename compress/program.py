@@ -2,15 +2,17 @@
 
 ``torch.export.load`` trusts its input: an operator's name is walked with ``getattr`` from the ``torch``
 module (``torch.serialization.os.system`` is one), symbolic sizes and guards are evaluated as Python, custom
-objects are unpickled, and compiled code is loaded as a shared library (torch 2.14,
-``torch/_export/serde/serialize.py`` and ``torch/export/pt2_archive/_package.py``). So the archive is read
-here first, as data, and refused unless everything in it is on a list of harmless things.
+objects are unpickled, names are written into Python code that is then run, and compiled code is loaded as a
+shared library (torch 2.14, ``torch/_export/serde/serialize.py``, ``torch/export/pt2_archive/_package.py`` and
+``torch/fx/graph.py``). So the archive is read here first, as data, and refused unless everything in it is on
+a list of harmless things.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import logging
 import os
 import re
 import zipfile
@@ -49,6 +51,11 @@ SYMPY_NAME = re.compile(
     r"|(Strict)?(Less|Greater)Than|And|Or|Not|true|false|oo|int_oo|OpaqueUnaryFn_[a-z0-9]+"
     r"|BitwiseFn_bitwise_[a-z]+|L"  # L: a guard's inputs
 )
+NAME = re.compile(r"[\w./ -]*")  # torch writes names into the Python code that it makes of the graph
+FREE_TEXT = frozenset({"metadata", "as_string", "as_strings", "torch_version"})  # shown, or passed on as text
+EXPRESSIONS = frozenset({"expr_str", "guards_code", "range_constraints"})
+TREES = frozenset({"in_spec", "out_spec", "context"})
+TREE_TYPES = frozenset({"builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", None})
 GUARD_METHODS = frozenset({"size", "stride", "storage_offset"})
 EXPRESSION_NODES = (
     *(ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.Tuple, ast.Subscript),
@@ -65,7 +72,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     """
     inspect_program(path)
     try:
-        with only_weights():
+        with only_weights(), _quiet("torch.export"):
             return torch.export.load(str(path))
     except Exception as error:  # whatever torch raises here, the file is not readable as a program
         what = f"cannot be read as an exported program: {last_line(error)}"
@@ -116,6 +123,17 @@ def only_weights() -> Iterator[None]:
         os.environ.update({key: value for key, value in before.items() if value is not None})
 
 
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Inside, this logger says nothing: torch logs the traceback of an error that it raises as well."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
     if COMPILED.search(name.lower()):
         fix = "give the program before compilation, from torch.export.save"
@@ -135,35 +153,53 @@ def _check_member(archive: zipfile.ZipFile, name: str, path: Path) -> None:
 
 
 def _check_document(document: Any, path: Path) -> None:
-    """Every operator, expression, guard and constant that the loader would act on, at any depth."""
-    todo = [document]
+    """Every operator, expression, name and constant that the loader would act on, at any depth."""
+    todo = [("", document)]
     while todo:
-        value = todo.pop()
+        key, value = todo.pop()
         if isinstance(value, list):
-            todo.extend(value)
+            todo.extend((key, item) for item in value)
         elif isinstance(value, dict):
-            _check_entry(value, path)
-            todo.extend(value.values())
+            free = key in FREE_TEXT
+            if not free:
+                _check_entry(value, path)
+            todo.extend((key, name) for name in value)
+            todo.extend((key if free else name, item) for name, item in value.items())
+        elif isinstance(value, str):
+            _check_text(key, value, path)
 
 
 def _check_entry(entry: dict[str, Any], path: Path) -> None:
     target = entry.get("target") if "inputs" in entry else entry.get("as_operator")
     if isinstance(target, str) and not OPERATOR.fullmatch(target):
         _refuse(f"calls {target[:80]!r}, which is not a known operator", path)
-    if "as_custom_obj" in entry:
+    if "as_custom_obj" in entry or CUSTOM_OBJECT.search(str(entry.get("path_name", ""))):
         _refuse("holds a custom object", path)
-    if isinstance(entry.get("path_name"), str) and CUSTOM_OBJECT.search(entry["path_name"]):
-        _refuse(f"holds a custom object ({entry['path_name'][:80]})", path)
-    expressions = [entry["expr_str"]] if "expr_str" in entry else []
-    expressions += entry["guards_code"] if isinstance(entry.get("guards_code"), list) else []
-    for text in expressions:
+    if "__enum__" in entry or ("children_spec" in entry and entry.get("type") not in TREE_TYPES):
+        _refuse(f"has inputs or outputs in a {str(entry.get('type', 'enum'))[:80]!r}", path)
+
+
+def _check_text(key: str, text: str, path: Path) -> None:
+    """A string of the graph: free text, an expression, a tree as JSON, or else a name that goes into code."""
+    if key in FREE_TEXT:
+        if not text.replace("\n", "").replace("\t", "").isprintable():
+            _refuse(f"holds unprintable text ({text[:80]!r})", path)
+    elif key in EXPRESSIONS:
         if not _harmless(text):
-            _refuse(f"holds the expression {str(text)[:80]!r}, which is not plain arithmetic on sizes", path)
+            _refuse(f"holds the expression {text[:80]!r}, which is not plain arithmetic on sizes", path)
+    elif key in TREES and text.startswith(("[", "{")):
+        try:
+            tree = json.loads(text)
+        except (ValueError, RecursionError):
+            tree = None
+        _check_document({key: tree} if tree is not None else {"": text}, path)
+    elif not NAME.fullmatch(text):
+        _refuse(f"holds the name {text[:80]!r}", path)
 
 
-def _harmless(text: Any) -> bool:
+def _harmless(text: str) -> bool:
     """Whether ``text`` is arithmetic on symbols and sizes of inputs, with no other name, call or string."""
-    if not isinstance(text, str) or len(text) > 10_000:
+    if len(text) > 10_000:
         return False
     try:
         tree = ast.parse(text, mode="eval")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,17 +35,55 @@ from compress.labels import (
 RULES: dict[str, Rule] = {}
 
 MOVEMENT = frozenset(
-    "view reshape permute transpose t squeeze unsqueeze expand expand_as slice select chunk split split_with_sizes "
-    "unsafe_split unsafe_chunk tensor_split unbind flatten unflatten roll flip repeat tile index_select narrow "
-    "movedim moveaxis swapaxes swapdims view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle "
-    "numpy_T mT repeat_interleave _unsafe_view broadcast_to diagonal rot90".split()
+    (
+        *(
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "view_as",
+            "reshape_as",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+        ),
+        *("permute", "transpose", "t", "mT", "numpy_T", "movedim", "moveaxis", "swapaxes", "swapdims"),
+        *(
+            "expand",
+            "expand_as",
+            "broadcast_to",
+            "repeat",
+            "tile",
+            "repeat_interleave",
+            "roll",
+            "flip",
+            "rot90",
+        ),
+        *("slice", "select", "narrow", "index_select", "diagonal", "unbind", "tensor_split"),
+        *("chunk", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk"),
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    )
 )
 """Ops that only move data: executed verbatim on the labels."""
 
 _POINTWISE_UNTAGGED = frozenset(
-    "hardswish dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy detach alias "
-    "lift_fresh_copy lift_fresh masked_fill log_sigmoid threshold rsub copy type_as fill zero gelu logsigmoid "
-    "native_dropout float nan_to_num hardtanh where".split()
+    (
+        *("hardswish", "hardtanh", "gelu", "log_sigmoid", "logsigmoid", "threshold", "where", "masked_fill"),
+        *("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout"),
+        *(
+            "contiguous",
+            "clone",
+            "to",
+            "_to_copy",
+            "type_as",
+            "float",
+            "detach",
+            "alias",
+            "lift_fresh",
+            "copy",
+        ),
+        *("lift_fresh_copy", "rsub", "fill", "zero", "nan_to_num"),
+    )
 )
 """Element-wise ops that PyTorch does not tag `pointwise`."""
 
@@ -125,7 +165,7 @@ def multiply_adds(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) ->
 
     with FlopCounterMode(display=False) as counter:
         node.target(*[numbers(a) for a in args], **{k: numbers(v) for k, v in kwargs.items()})  # type: ignore[operator]
-    return counter.get_total_flops() / 2
+    return float(counter.get_total_flops()) / 2
 
 
 # -- element-wise -------------------------------------------------------------------------------------
@@ -139,13 +179,15 @@ def pointwise(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[s
         total = combine(ledger, total, value)
     shape = meta.shape
     layers = tuple(collapse(_rank(layer, len(shape)).expand(shape)) for layer in total.layers)
-    keep_name = total.name if len(values) == 1 and short_name(node) in ("contiguous", "detach", "alias") else ""
+    keep_name = (
+        total.name if len(values) == 1 and short_name(node) in ("contiguous", "detach", "alias") else ""
+    )
     return Value(layers, meta, name=keep_name, weight=total.weight)
 
 
 def combine(ledger: Ledger, a: Value, b: Value) -> Value:
     """The labels of an element-wise function of two values."""
-    shape = torch.broadcast_shapes(a.meta.shape, b.meta.shape)
+    shape = np.broadcast_shapes(a.meta.shape, b.meta.shape)
     meta = torch.empty(shape, device="meta")
     if a.weight and b.weight:
         return Value(_weights_meet(ledger, a, b, shape), meta, weight=True)
@@ -157,6 +199,11 @@ def combine(ledger: Ledger, a: Value, b: Value) -> Value:
 
 def _rank(labels: Tensor, rank: int) -> Tensor:
     return labels[(None,) * (rank - labels.dim())]
+
+
+def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    return a.expand(shape), b.expand(shape)
 
 
 def _spread(small: Tensor, big: Tensor) -> bool:
@@ -171,8 +218,14 @@ def _meet(ledger: Ledger, a: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
         if spread:
             ledger.pin(labels, "one channel is broadcast over several")
     if spread_a or spread_b:
-        return b.expand(shape) if not spread_b else a.expand(shape) if not spread_a else torch.zeros_like(a).expand(shape)
-    ca, cb = torch.broadcast_tensors(core(a), core(b))
+        return (
+            b.expand(shape)
+            if not spread_b
+            else a.expand(shape)
+            if not spread_a
+            else torch.zeros_like(a).expand(shape)
+        )
+    ca, cb = _broadcast(core(a), core(b))
     ledger.tie(ca, cb)
     return torch.where(ca != 0, ca, cb).expand(shape)
 
@@ -272,14 +325,16 @@ def _cat(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
     dim %= meta.dim()
     pieces = [p for p in pieces if p.dim() == meta.dim()]  # cat ignores empty 1-D tensors
     if any(set(varying(p)) - {dim} for p in pieces):
-        for a, b in zip(pieces, pieces[1:], strict=False):
+        for a, b in pairwise(pieces):
             if set(varying(a)) | set(varying(b)) <= set(range(meta.dim())) - {dim}:
-                ledger.tie(*torch.broadcast_tensors(core(a), core(b)))
+                ledger.tie(*_broadcast(core(a), core(b)))
             else:
                 ledger.pin(a, "concatenated along two axes of channels")
                 ledger.pin(b, "concatenated along two axes of channels")
     common = [max(core(p).shape[d] for p in pieces) for d in range(meta.dim())]
-    thin = [p[tuple(slice(None) if d == dim else slice(0, common[d]) for d in range(p.dim()))] for p in pieces]
+    thin = [
+        p[tuple(slice(None) if d == dim else slice(0, common[d]) for d in range(p.dim()))] for p in pieces
+    ]
     return result(torch.cat(thin, dim).expand(meta.shape), meta)
 
 
@@ -303,7 +358,9 @@ def _pad(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
         left, right = amounts[2 * back], amounts[2 * back + 1]
         size = labels.shape[dim] + left + right
         if dim not in varying(labels):
-            labels = labels.narrow(dim, 0, 1).expand([size if d == dim else s for d, s in enumerate(labels.shape)])
+            labels = labels.narrow(dim, 0, 1).expand(
+                [size if d == dim else s for d, s in enumerate(labels.shape)]
+            )
         elif vector(labels, dim) is None or min(left, right) < 0:
             ledger.pin(labels, "padding of channels on two axes")
             return fixed(meta)
@@ -338,7 +395,9 @@ def _create(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
 
 
 @rule("batch_norm", "instance_norm")
-def _batch_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+def _batch_norm(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
+) -> Value:
     """Statistics and affine parameters follow their channel."""
     value: Value = args[0]
     own = vector(value.labels, 1)
@@ -367,7 +426,9 @@ def _prelu(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str,
 
 
 @rule("layer_norm", "rms_norm")
-def _layer_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+def _layer_norm(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
+) -> Value:
     """Removing a channel changes the statistics of the others: not exact, so it stays."""
     value: Value = args[0]
     last = range(meta.dim() - len(args[1]), meta.dim())
@@ -377,7 +438,9 @@ def _layer_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict
 
 
 @rule("group_norm")
-def _group_norm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+def _group_norm(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
+) -> Value:
     ledger.pin(args[0].labels, "group_norm takes its statistics over the channels of a group")
     return result(args[0].labels, meta)
 
@@ -400,20 +463,48 @@ def _spatial(dims: int) -> Rule:
 
 for _dims in (1, 2, 3):
     rule(
-        f"max_pool{_dims}d", f"avg_pool{_dims}d", f"adaptive_avg_pool{_dims}d", f"adaptive_max_pool{_dims}d",
-        f"max_pool{_dims}d_with_indices", f"reflection_pad{_dims}d", f"replication_pad{_dims}d", f"lp_pool{_dims}d",
+        f"max_pool{_dims}d",
+        f"avg_pool{_dims}d",
+        f"adaptive_avg_pool{_dims}d",
+        f"adaptive_max_pool{_dims}d",
+        f"max_pool{_dims}d_with_indices",
+        f"reflection_pad{_dims}d",
+        f"replication_pad{_dims}d",
+        f"lp_pool{_dims}d",
     )(_spatial(_dims))
 rule("upsample_nearest1d", "upsample_linear1d", "_upsample_nearest_exact1d")(_spatial(1))
-rule("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d",
-     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")(_spatial(2))
+rule(
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "_upsample_nearest_exact2d",
+    "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)(_spatial(2))
 rule("upsample_nearest3d", "upsample_trilinear3d", "_upsample_nearest_exact3d")(_spatial(3))
 
 
 # -- reductions ---------------------------------------------------------------------------------------
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "prod", "any", "all", "var", "std", "argmax", "argmin",
-      "logsumexp", "nansum", "linalg_vector_norm")
+@rule(
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "prod",
+    "any",
+    "all",
+    "var",
+    "std",
+    "argmax",
+    "argmin",
+    "logsumexp",
+    "nansum",
+    "linalg_vector_norm",
+)
 def _reduce(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
     """Reducing over other axes keeps the labels; over the channels' own axis it pins them."""
     value: Value = args[0]
@@ -421,7 +512,13 @@ def _reduce(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
         return pointwise(ledger, node, args, kwargs, meta)
     position = 2 if short_name(node) == "linalg_vector_norm" else 1
     given = args[position] if len(args) > position else kwargs.get("dim")
-    dims = range(value.meta.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
+    dims = (
+        range(value.meta.dim())
+        if given is None or given == []
+        else [given]
+        if isinstance(given, int)
+        else given
+    )
     reduced = {d % max(value.meta.dim(), 1) for d in dims}
     layers = []
     for layer in value.layers:
@@ -432,13 +529,20 @@ def _reduce(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
     single = isinstance(meta, Tensor)
     first = meta if single else meta[0]
     keeps = first.dim() == value.meta.dim()
-    index = tuple((slice(0, 1) if keeps else 0) if d in reduced else slice(None) for d in range(value.meta.dim()))
-    outputs = [Value(tuple(layer[index] for layer in layers), m, weight=value.weight) for m in ([meta] if single else meta)]
+    index = tuple(
+        (slice(0, 1) if keeps else 0) if d in reduced else slice(None) for d in range(value.meta.dim())
+    )
+    outputs = [
+        Value(tuple(layer[index] for layer in layers), m, weight=value.weight)
+        for m in ([meta] if single else meta)
+    ]
     return outputs[0] if single else outputs
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "glu")
-def _along_dim(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+def _along_dim(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
+) -> Value:
     value: Value = args[0]
     dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
     if dim % value.meta.dim() in varying(value.labels):
@@ -473,8 +577,14 @@ def _addmm(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str,
 
 
 def _dense(
-    ledger: Ledger, node: fx.Node, args: Sequence[Any], x: Value, weight: Value,
-    dims: tuple[int, int], bias: Value | None, meta: Tensor,
+    ledger: Ledger,
+    node: fx.Node,
+    args: Sequence[Any],
+    x: Value,
+    weight: Value,
+    dims: tuple[int, int],
+    bias: Value | None,
+    meta: Tensor,
 ) -> Value:
     """out[..., o] = sum_i x[..., i] weight[i, o]; dims: the weight's (input, output) dimensions."""
     macs = multiply_adds(node, args, {})
@@ -517,7 +627,14 @@ def _conv(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, 
 
 
 def _convolution(
-    ledger: Ledger, x: Value, weight: Value, bias: Value | None, groups: int, macs: float, meta: Tensor, kind: str
+    ledger: Ledger,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    groups: int,
+    macs: float,
+    meta: Tensor,
+    kind: str,
 ) -> Value:
     if not weight.weight or x.weight:
         ledger.pin_value(x, "its weight is computed from activations")
@@ -548,7 +665,9 @@ def _convolution(
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _conv_transpose(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+def _conv_transpose(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
+) -> Any:
     full = [*args, *[None] * (8 - len(args))]
     x, weight, bias = full[0], full[1], kwargs.get("bias", full[2])
     if kwargs.get("groups", full[6] or 1) != 1 or not weight.weight:
@@ -561,7 +680,9 @@ def _conv_transpose(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: 
 
 
 @rule("embedding")
-def _embedding(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
+def _embedding(
+    ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
+) -> Value:
     """A look-up writes the table's columns as channels."""
     columns = axis(args[0], 1)
     ledger.produce(columns)

@@ -27,7 +27,9 @@ class Target:
         if self.kind not in ("macs", "params", "units"):
             raise ValueError(f"unknown target {self.kind}: macs, params or units")
         if not 0 < self.ratio < 1:
-            raise ModelError(f"{self.kind}_ratio is {self.ratio}", fix="give a share between 0 and 1, both excluded")
+            raise ModelError(
+                f"{self.kind}_ratio is {self.ratio}", fix="give a share between 0 and 1, both excluded"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,12 @@ def space(
         )
     model = cost_model(cmap)
     members = [np.flatnonzero(cmap.classes == c) for c in range(len(model.full))]
-    levels = tuple(
-        widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in members
-    )
+    levels = tuple(widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in members)
     least = model.ratio(target.kind, np.array([level[0] for level in levels]))
     if least > target.ratio:
         raise ModelError(
             f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least",
-            fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or free more layers (prune.keep)",
+            fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or free layers from prune.keep",
         )
     return Space(cmap, model, levels, target, per_mac)
 

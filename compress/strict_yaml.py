@@ -30,12 +30,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong with the text: where (position and key path), what, and how to fix it."""
+    """One thing wrong with the text: where (position and key path), what, and how to fix it.
+
+    ``lost`` says that the value at ``path`` could not be read (a duplicate key keeps its first value).
+    """
 
     mark: Mark
     path: Path
     what: str
     fix: str = ""
+    lost: bool = True
 
 
 class Unreadable(Exception):
@@ -130,15 +134,14 @@ class _Builder:
         elif anchor:
             self.fault(event, path, f"anchors (&{anchor}) are not allowed", written)
         elif tag:
-            self.fault(
-                event, path, f"tags ({tag}) are not allowed", "remove it; quote text that starts with !"
-            )
+            name = tag.replace("tag:yaml.org,2002:", "!!")
+            self.fault(event, path, f"tags ({name}) are not allowed", "remove it; quote text starting with !")
         else:
             return True
         return False
 
-    def fault(self, event: yaml.Event, path: Path, what: str, fix: str) -> None:
-        self.found.faults.append(Fault(_mark(event), path, what, fix))
+    def fault(self, event: yaml.Event, path: Path, what: str, fix: str, lost: bool = True) -> None:
+        self.found.faults.append(Fault(_mark(event), path, what, fix, lost))
 
     def scalar(self, event: yaml.ScalarEvent, path: Path) -> Any:
         text: str = event.value
@@ -184,7 +187,7 @@ class _Builder:
         earlier = self.found.keys.get((*path, value))
         if earlier:
             what = f"duplicate key; it is already given on line {earlier.line}"
-            self.fault(event, (*path, value), what, "keep one of the two")
+            self.fault(event, (*path, value), what, "keep one of the two", lost=False)
         return value
 
 

@@ -193,7 +193,11 @@ def _rewrite_sizes(position: int) -> Callable[[_Surgeon, fx.Node], None]:
         if not surgeon.changed(labels):
             return
         sizes = list(node.args[position])  # type: ignore[arg-type]
-        first = labels.dim() - len(sizes) if short_name(node) != "unflatten" else _unflatten_dim(node, labels, sizes)
+        first = (
+            labels.dim() - len(sizes)
+            if short_name(node) != "unflatten"
+            else _unflatten_dim(node, labels, sizes)
+        )
         for i, size in enumerate(sizes):
             new = surgeon.kept(labels, first + i)
             if new != labels.shape[first + i]:
@@ -222,44 +226,55 @@ def _rewrite_split(surgeon: _Surgeon, node: fx.Node) -> None:
     node.args, node.kwargs = (node.args[0], sizes, dim), {}
 
 
-def _rewrite_slice(surgeon: _Surgeon, node: fx.Node) -> None:
+def _along_channels(surgeon: _Surgeon, node: fx.Node, dim: int) -> Tensor | None:
+    """Labels of the source along `dim`, if channels lie there and some of them go."""
     labels = surgeon.labels(node.args[0])
-    dim, start, end, step = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
     if not surgeon.changed(labels) or dim % labels.dim() not in varying(labels):
+        return None
+    return vector(labels, dim)
+
+
+def _rewrite_slice(surgeon: _Surgeon, node: fx.Node) -> None:
+    arguments: Any = [*node.args, *(None, 0, None, None, 1)[len(node.args) :]]
+    source, dim, start, end, step = arguments
+    before = _along_channels(surgeon, node, dim)
+    if before is None:
         return
-    size = labels.shape[dim]
     if step != 1:
-        surgeon._gather(node, node.args[0], dim % labels.dim(), torch.arange(size)[slice(start, end, step)])  # type: ignore[arg-type]
+        rank = surgeon.labels(node).dim()
+        surgeon._gather(node, source, dim % rank, torch.arange(len(before))[slice(start, end, step)])
         return
-    before = vector(labels, dim)
-    assert before is not None
-    first, last, _ = slice(start, end).indices(size)
-    new_first, new_last = int(surgeon.stays[before[:first]].sum()), int(surgeon.stays[before[:last]].sum())
-    node.args = (node.args[0], dim, new_first, new_last)
+    first, last, _ = slice(start, end).indices(len(before))
+    node.args = (
+        source,
+        dim,
+        int(surgeon.stays[before[:first]].sum()),
+        int(surgeon.stays[before[:last]].sum()),
+    )
 
 
 def _rewrite_narrow(surgeon: _Surgeon, node: fx.Node) -> None:
-    labels = surgeon.labels(node.args[0])
-    dim, start = node.args[1], node.args[2]
-    before = vector(labels, dim) if surgeon.changed(labels) else None  # type: ignore[arg-type]
-    if before is not None and dim % labels.dim() in varying(labels):  # type: ignore[operator]
-        length = surgeon.kept(surgeon.labels(node), dim % labels.dim())  # type: ignore[operator]
-        node.args = (node.args[0], dim, int(surgeon.stays[before[:start]].sum()), length)  # type: ignore[misc]
+    arguments: Any = node.args
+    source, dim, start, length = arguments
+    before = _along_channels(surgeon, node, dim)
+    if before is not None:
+        kept = int(surgeon.stays[before[start : start + length]].sum())
+        node.args = (source, dim, int(surgeon.stays[before[:start]].sum()), kept)
 
 
 def _rewrite_select(surgeon: _Surgeon, node: fx.Node) -> None:
-    labels = surgeon.labels(node.args[0])
-    dim, index = node.args[1], node.args[2]
-    before = vector(labels, dim) if surgeon.changed(labels) else None  # type: ignore[arg-type]
-    if before is not None and dim % labels.dim() in varying(labels):  # type: ignore[operator]
-        node.update_arg(2, int(surgeon.stays[before[: index % len(before)]].sum()))  # type: ignore[operator]
+    arguments: Any = node.args
+    before = _along_channels(surgeon, node, arguments[1])
+    if before is not None:
+        node.update_arg(2, int(surgeon.stays[before[: arguments[2] % len(before)]].sum()))
 
 
 def _rewrite_pad(surgeon: _Surgeon, node: fx.Node) -> None:
     labels = surgeon.labels(node)
     if not surgeon.changed(labels):
         return
-    amounts = list(node.args[1])  # type: ignore[arg-type]
+    arguments: Any = node.args
+    amounts = list(arguments[1])
     for back in range(len(amounts) // 2):
         dim = labels.dim() - 1 - back
         left, right = amounts[2 * back : 2 * back + 2]
@@ -295,7 +310,9 @@ def _rewrite_moved(surgeon: _Surgeon, node: fx.Node) -> None:
         node, node.args, along(torch.arange(labels.shape[dim]), dim, labels.shape), _constants(surgeon)
     )
     if positions.dim() != labels.dim() or vector(positions, dim) is None:
-        raise ModelError(f"{short_name(node)} moves channels to another axis", where=node.meta.get("source", ""))
+        raise ModelError(
+            f"{short_name(node)} moves channels to another axis", where=node.meta.get("source", "")
+        )
     if varying(positions) == [dim]:
         surgeon._gather(node, source, dim, vector(positions, dim))
 
@@ -379,7 +396,9 @@ def _restate_sizes(module: nn.Module, groups: int | None) -> None:
 
 @dataclass(frozen=True)
 class Verification:
-    """relative_error: max |masked - dense| / max |masked|. movement: max |original - masked| / max |original|.
+    """The dense model against the masked one, and how far the mask moved the output.
+
+    relative_error: max |masked - dense| / max |masked|. movement: max |unmasked - masked| / max |unmasked|.
 
     passed: the error is within tolerance and the mask moved the output at least 1,000 times as far
     (or nothing was removed, and the error is 0).

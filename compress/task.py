@@ -19,6 +19,7 @@ from compress.data import Splits, open_data
 from compress.errors import ConfigError, DataError, ModelError
 from compress.names import first_line
 from compress.sources import Draw, Images, Source
+from compress.trace import eval_mode
 
 if TYPE_CHECKING:
     from compress.config import DataConfig, ModelConfig
@@ -147,19 +148,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards it and each of its parts are in the mode they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(modes[0][1])
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ TRAINING_FLAG = {
 }
 
 
-class GraphNet(fx.GraphModule):  # type: ignore[misc]  # fx.GraphModule is untyped
+class GraphNet(fx.GraphModule):
     """A traced network: ATen nodes, the original parameter names, and a train/eval switch.
 
     Nodes that change between the modes carry `node.meta["switch"] = True`; switching rewrites
@@ -74,7 +74,7 @@ def trace(model: nn.Module, example: Sequence[Tensor]) -> Traced:
     """
     inputs = tuple(_batch_of_two(x) for x in example)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
-    with _eval_mode(model), _export_errors(model):
+    with eval_mode(model), _export_errors(model):
         program = torch.export.export(model, inputs, dynamic_shapes=dynamic)
     return from_program(program, inputs, tied(model))
 
@@ -89,9 +89,8 @@ def from_program(
     graph = source.graph
     unreached = [str(n.target) for n in graph.nodes if n.op == "get_attr" and not n.users]
     for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-        elif node.op == "call_function" and not node.users and str(node.target) == "aten.sym_size.int":
+        unused = node.op == "get_attr" or str(node.target) == "aten.sym_size.int"
+        if unused and not node.users:
             graph.erase_node(node)
     for node in graph.nodes:
         _slim_meta(node)
@@ -99,11 +98,6 @@ def from_program(
     net.eval()
     counters = tuple(name for name in unreached if not name.endswith("num_batches_tracked"))
     return Traced(net, tuple(example), counters, tuple(aliases))
-
-
-def load_program(path: Path) -> torch.export.ExportedProgram:
-    """Read a `.pt2` file; its tensors are read with `weights_only`, its graph is data, not code."""
-    return torch.export.load(str(path))
 
 
 def placeholders(net: GraphNet) -> list[fx.Node]:
@@ -185,14 +179,16 @@ def tied(model: nn.Module) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards it and each of its parts are in the mode they were."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        model.train(modes[0][1])
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

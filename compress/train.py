@@ -236,12 +236,12 @@ class _Run:
         self.saved_at = time.monotonic()
 
     def _batches(self) -> Generator[Batch, None, None]:
-        # A generator of our own, so that closing() can end the data loader's processes whatever the task gave.
+        # A generator of our own, so that closing() ends the data loader's processes whatever the task gave.
         yield from self.task.train_batches(self.at.epoch, self.at.step)
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         # What the data draw from the global generators depends on the step alone, and does not move them.
-        with seeds.isolated(seeds.derive(self.seed, "data", self.at.epoch, self.at.step)):
+        with seeds.isolated(seeds.derive(self.seed, "data", self.at.epoch, self.at.step), self.device):
             try:
                 return next(batches)
             except StopIteration:
@@ -298,9 +298,8 @@ class _Run:
         self.model.eval()
         where = f"epoch {at.epoch}, step {step} of {steps}, learning rate {lr:.3g}"
         kept = f"; the last good checkpoint is in {self.folder}" if found is not None else ""
-        raise DivergedError(
-            f"{what} is not finite at {where}", "train", f"lower lr or raise warmup_epochs{kept}"
-        )
+        fix = f"lower lr or raise warmup_epochs{kept}"
+        raise DivergedError(f"{what} is not finite at {where}", "train", fix)
 
 
 def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from deploy.values import milliseconds, thinned, times, visible
+from deploy.tables import latency_rows
+from deploy.values import (
+    entries,
+    milliseconds,
+    number,
+    rows,
+    section,
+    text,
+    thinned,
+    times,
+    visible,
+    whole_number,
+)
 
 INK, MUTED, LINE, SOFT = "#1b2431", "#5c6776", "#dde3ea", "#e8edf3"
 BLUE, ORANGE = "#1f6fb3", "#c4560c"
@@ -26,6 +39,7 @@ MAX_BARS = 160  # with more layers the chart shows those that cost most
 COLUMN_BARS = 44  # more bars than this are set in two columns
 MAX_POINTS = 160
 BINS = 72
+PANELS = 24  # latency panels in the chart; the table has them all
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -102,15 +116,41 @@ class Ratio:
     high: float
 
 
+def draw(results: Mapping[str, Any]) -> dict[str, str]:
+    """The SVG charts by name; one without data is an empty text."""
+    bars = layer_bars(results)
+    panels, ratios = _latency_panels(results), _ratios(results)
+    wanted = section(section(section(results, "provenance"), "config"), "gates")
+    drawn = {"pruning": _pruning_panels(results)}
+    drawn |= {stage: _epoch_panels(results, stage) for stage in ("train", "finetune")}
+    return {
+        "layers": layers(bars) if bars else "",
+        "latency": latency(panels[:PANELS]) if panels else "",
+        "speedup": speedups(ratios[:PANELS], number(wanted.get("speedup"))) if ratios else "",
+    } | {name: progress(found, name) if found else "" for name, found in drawn.items()}
+
+
+def layer_bars(results: Mapping[str, Any]) -> list[Bar]:
+    """One bar per layer in network order; of very many layers, those that cost most."""
+    found: list[tuple[float, int, Bar]] = []
+    for row in rows(results, "layers"):
+        before, after = whole_number(row.get("before")), whole_number(row.get("after"))
+        if before is not None and after is not None and 0 <= after <= before and before > 0:
+            bar = Bar(text(row.get("name")), before, after, bool(row.get("pinned")))
+            found.append((number(row.get("macs_before")) or 0.0, len(found), bar))
+    kept = sorted(found, key=lambda one: (-one[0], one[1]))[:MAX_BARS]
+    return [bar for _, _, bar in sorted(kept, key=lambda one: one[1])]
+
+
 def layers(bars: Sequence[Bar]) -> str:
     """Horizontal bars: the share of its channels that each layer keeps, "kept / before" beside it."""
     with _style():
         columns = 2 if len(bars) > COLUMN_BARS else 1
-        rows = -(-len(bars) // columns)
+        lines = -(-len(bars) // columns)
         step = 0.17 if columns == 2 else 0.205
-        figure = _figure(0.55 + step * rows)
+        figure = _figure(0.55 + step * lines)
         for column, axes in enumerate(_grid(figure, 1, columns)):
-            _bar_column(axes, bars[column * rows : (column + 1) * rows], rows, 30 if columns == 2 else 60)
+            _bar_column(axes, bars[column * lines : (column + 1) * lines], lines, 34 if columns == 2 else 60)
         return _svg(figure, "layers", f"Share of channels kept in each of {len(bars)} layers")
 
 
@@ -127,9 +167,9 @@ def latency(panels: Sequence[Samples]) -> str:
     """How the latencies of both models are spread, one panel per runner and batch, medians labelled."""
     with _style():
         columns = min(2, len(panels))
-        rows = -(-len(panels) // columns)
-        figure = _figure(0.2 + 1.75 * rows)
-        grid = _grid(figure, rows, columns)
+        lines = -(-len(panels) // columns)
+        figure = _figure(0.2 + 1.75 * lines)
+        grid = _grid(figure, lines, columns)
         for axes, panel in zip(grid, panels, strict=False):
             _latency_panel(axes, panel)
         for axes in grid[len(panels) :]:
@@ -161,7 +201,73 @@ def speedups(ratios: Sequence[Ratio], limit: float | None) -> str:
         return _svg(figure, "speedup", "Speed-up with its 95 % interval")
 
 
-def _bar_column(axes: Any, bars: Sequence[Bar], rows: int, longest: int) -> None:
+def _drawable(value: object) -> float | None:
+    """A finite number of a size that leaves the rest of its chart visible; the tables have the others."""
+    found = number(value)
+    return found if found is not None and abs(found) < 1e12 else None
+
+
+def _line(found: Sequence[Mapping[str, Any]], x: str, y: str, label: str, second: bool = False) -> Series:
+    """A series of the points that have both coordinates."""
+    pairs = [(_drawable(row.get(x)), _drawable(row.get(y))) for row in found]
+    known = tuple((a, b) for a, b in pairs if a is not None and b is not None)
+    return Series(label, known, second)
+
+
+def _pruning_panels(results: Mapping[str, Any]) -> list[Panel]:
+    found = rows(section(results, "pruning"), "history")
+    kept = (
+        _line(found, "step", "macs_ratio", "MACs"),
+        _line(found, "step", "params_ratio", "parameters", True),
+    )
+    panels = [
+        Panel("Share kept", "pruning step", kept, percent=True),
+        Panel("Loss", "pruning step", (_line(found, "step", "loss", "loss"),)),
+        Panel("Accuracy", "pruning step", (_line(found, "step", "accuracy", "accuracy"),), percent=True),
+    ]
+    return [panel for panel in panels if any(one.points for one in panel.series)]
+
+
+def _epoch_panels(results: Mapping[str, Any], stage: str) -> list[Panel]:
+    found, best = rows(section(results, stage), "history"), number(section(results, stage).get("best_epoch"))
+    loss = (
+        _line(found, "epoch", "loss", "training"),
+        _line(found, "epoch", "validation_loss", "validation", True),
+    )
+    value = (_line(found, "epoch", "validation", "validation"),)
+    rate = (_line(found, "epoch", "lr", "learning rate"),)
+    panels = [
+        Panel("Loss", "epoch", loss, mark=best),
+        Panel("Validation accuracy", "epoch", value, percent=True, mark=best),
+        Panel("Learning rate", "epoch", rate, mark=best),
+    ]
+    return [panel for panel in panels if any(one.points for one in panel.series)]
+
+
+def _latency_panels(results: Mapping[str, Any]) -> list[Samples]:
+    groups: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {}
+    for row in latency_rows(results):
+        samples = tuple(x for x in map(_drawable, entries(row, "samples_ms")) if x is not None)
+        if samples and row.get("model") in ("original", "dense"):
+            place = groups.setdefault((text(row.get("runner")), text(row.get("batch"))), {})
+            place[str(row["model"])] = samples
+    return [
+        Samples(f"{runner}, batch {batch}", found.get("original", ()), found.get("dense", ()))
+        for (runner, batch), found in groups.items()
+    ]
+
+
+def _ratios(results: Mapping[str, Any]) -> list[Ratio]:
+    found = []
+    for row in rows(results, "speedup"):
+        ratio, low, high = (_drawable(row.get(key)) for key in ("ratio", "low", "high"))
+        if ratio is not None and low is not None and high is not None:
+            where = f"{text(row.get('runner'))}, batch {text(row.get('batch'))}"
+            found.append(Ratio(where, ratio, low, high))
+    return found
+
+
+def _bar_column(axes: Any, bars: Sequence[Bar], lines: int, longest: int) -> None:
     axes.barh(range(len(bars)), [1.0] * len(bars), height=0.66, color=SOFT)
     colours = [MUTED if bar.after >= bar.before else BLUE for bar in bars]
     axes.barh(range(len(bars)), [bar.after / bar.before for bar in bars], height=0.66, color=colours)
@@ -169,7 +275,7 @@ def _bar_column(axes: Any, bars: Sequence[Bar], rows: int, longest: int) -> None
         label = f"{bar.after:,} / {bar.before:,}" + ("  pinned" if bar.pinned else "")
         axes.text(1.015, row, label, va="center", color=MUTED, fontsize=8)
     axes.set_xlim(0, 1.24)
-    axes.set_ylim(rows - 0.4, -0.6)
+    axes.set_ylim(lines - 0.4, -0.6)
     axes.set_yticks(range(len(bars)), [_trim(bar.name, longest) for bar in bars], color=INK, fontsize=8)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.xaxis.tick_top()
@@ -198,12 +304,14 @@ def _line_panel(axes: Any, panel: Panel) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.set_xlabel(panel.x_label)
     axes.margins(x=0.03, y=0.12)
+    if panel.percent:  # nothing is kept, and no accuracy lies, above 100 %
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
 
 
 def _latency_panel(axes: Any, panel: Samples) -> None:
     import numpy
 
-    axes.set_title(panel.title)
+    axes.set_title(_trim(panel.title, 60))
     shown = [x for x in (panel.original_ms, panel.dense_ms) if x]
     low = min(min(x) for x in shown)
     high = max(float(numpy.quantile(x, 0.99)) for x in shown)
@@ -234,13 +342,14 @@ def _note(axes: Any, x: float, y: float, label: str, right: bool) -> None:
     axes.annotate(label, (x, y), (offset, 0), textcoords="offset points", ha=side, va="center", fontsize=8.5)
 
 
-def _trim(text: str, longest: int) -> str:
-    """The name made printable and, when too long, cut in its middle: both ends tell layers apart."""
-    text = visible(text)
-    if len(text) <= longest:
-        return text
-    head = (longest - 1) // 3
-    return text[:head] + "…" + text[-(longest - 1 - head) :]
+def _trim(name: str, longest: int) -> str:
+    """A name made printable; one that is too long loses its first parts, the last ones tell layers apart."""
+    name = visible(name)
+    if len(name) <= longest:
+        return name
+    tail = name[-(longest - 1) :]
+    cut = tail.find(".")
+    return "…" + (tail[cut + 1 :] if 0 <= cut < longest // 2 else tail)
 
 
 def _style() -> AbstractContextManager[None]:
@@ -260,25 +369,28 @@ def _figure(height: float) -> Any:
     return Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
 
 
-def _grid(figure: Any, rows: int, columns: int) -> list[Any]:
-    grid = figure.subplots(rows, columns, squeeze=False, subplot_kw={"facecolor": "none"})
+def _grid(figure: Any, lines: int, columns: int) -> list[Any]:
+    grid = figure.subplots(lines, columns, squeeze=False, subplot_kw={"facecolor": "none"})
     return list(grid.ravel())
 
 
 def _svg(figure: Any, name: str, alt: str) -> str:
     """The figure as an inline SVG: the page's fonts and colours, ids of its own, no date, no style sheet."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].strip()
-    text = re.sub(r"<(metadata|style)[ >].*?</\1>\s*", "", text, flags=re.S)
-    tags = "".join(re.findall(r"<[^>]*>", text))
+    with warnings.catch_warnings():
+        # Text stays text, so it is the page's font that must have the glyph.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<(metadata|style)[ >].*?</\1>\s*", "", svg, flags=re.S)
+    tags = "".join(re.findall(r"<[^>]*>", svg))
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", tags))
     # Only tags are rewritten: what a name says stays as it is.
-    text = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], name, used), text)
-    view = re.search(r'viewBox="[^"]*"', text)
+    svg = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], name, used), svg)
+    view = re.search(r'viewBox="[^"]*"', svg)
     head = f'<svg {view[0] if view else ""} role="img" aria-label="{alt}">'
-    return re.sub(r">\s+<", "><", head + text[text.index(">") + 1 :]) + "\n"
+    return re.sub(r">\s+<", "><", head + svg[svg.index(">") + 1 :]) + "\n"
 
 
 def _tag(tag: str, name: str, used: set[str]) -> str:

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 from deploy.values import (
+    entries,
     metric_word,
     milliseconds,
     number,
@@ -77,7 +78,7 @@ def judge(results: Mapping[str, Any], gates: Mapping[str, Any]) -> tuple[Gate, .
     """
     unknown = sorted(str(key) for key in gates if key not in GATE_KEYS + OPTION_KEYS)
     if unknown:
-        raise _error(f"there is no gate {visible(unknown[0])!r}", "use one of " + ", ".join(GATE_KEYS))
+        raise _error(f"there is no gate '{visible(unknown[0])}'", "use one of " + ", ".join(GATE_KEYS))
     judged = []
     for name in GATE_KEYS:
         limit = gates.get(name)
@@ -151,10 +152,10 @@ def gated_batch(results: Mapping[str, Any], gates: Mapping[str, Any]) -> int | N
     batch = whole_number(gates.get("batch"))
     if batch is not None:
         return batch
-    asked = section(section(section(results, "provenance"), "config"), "bench").get("batches")
+    asked = entries(section(section(section(results, "provenance"), "config"), "bench"), "batches")
     runner = gates.get("runner") or DEFAULT_RUNNER
     found = [row.get("batch") for row in rows(results, "latency") if row.get("runner") == runner]
-    sizes = [whole_number(x) for x in [*(asked if isinstance(asked, list | tuple) else ()), *found]]
+    sizes = [whole_number(x) for x in [*asked, *found]]
     return max((size for size in sizes if size is not None), default=None)
 
 
@@ -194,7 +195,7 @@ def _judge_speedup(results: Mapping[str, Any], limit: float, runner: str, batch:
         why = why or f"The speed-up with {where} has no valid interval. Measure it again."
         return _missing("speedup", limit, why)
     said = f"{times(ratio)} as fast with {where} (95 % interval {span(low, high, times)}); "
-    said += f"the limit is {limit:g}×."
+    said += f"the limit is {times(limit)}."
     pairs = whole_number(row.get("pairs")) or 0
     if pairs < MIN_PAIRS:
         decided: Verdict = "inconclusive"
@@ -304,8 +305,7 @@ def _around(value: float, low: float, high: float) -> Interval:
 
 def _samples(row: Mapping[str, Any]) -> list[float]:
     """A row's samples in milliseconds; empty when any of them is no valid time."""
-    raw = row.get("samples_ms")
-    found = [number(x) for x in raw] if isinstance(raw, list | tuple) else []
+    found = [number(x) for x in entries(row, "samples_ms")]
     good = [x for x in found if x is not None and x > 0]
     return good if len(good) == len(found) else []
 
@@ -331,11 +331,11 @@ def _accuracy_words(found: Mapping[str, Any], drop: Interval) -> str:
 
 
 def _more_examples(n: int, half_width: float, limit: float) -> str:
-    if limit <= 0:
-        return f" No test set resolves it: use a limit of {points(half_width / RESOLUTION)} or more."
+    enough = points(math.ceil(1e4 * half_width / RESOLUTION) / 1e4)
+    if limit <= half_width * 1e-4:
+        return f" No test set of a usual size resolves it: use a limit of {enough} or more."
     needed = math.ceil(n * (half_width / (RESOLUTION * limit)) ** 2)
-    said = f" {n:,} examples are too few for this limit: use {needed:,} or more, "
-    return said + f"or a limit of {points(half_width / RESOLUTION)} or more."
+    return f" {n:,} examples are too few for this limit: use about {needed:,}, or a limit of {enough}."
 
 
 def _why_no_accuracy(found: Mapping[str, Any]) -> str:

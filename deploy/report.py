@@ -11,14 +11,15 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import charts, gate, tables
-from deploy.tables import NOT_MEASURED
+from deploy.tables import NOT_MEASURED, NOT_RECORDED
 from deploy.values import (
+    entries,
     metric_word,
-    number,
     percent,
     points,
     rows,
@@ -41,7 +42,6 @@ MARKDOWN_BYTES = 60_000  # a comment on GitHub holds 65,536 characters
 HTML_LIMITS = ((400, 400), (120, 160), (24, 60))
 MARKDOWN_LIMITS = ((150, 300), (30, 120), (8, 50))
 BLOCK = 40  # a block of config or command may be this many times longer than a text
-PANELS = 24  # latency panels in the chart; the table has them all
 WORDS = {"pass": "PASS", "fail": "FAIL", "inconclusive": "INCONCLUSIVE", "no gates": "NO GATES"}
 NOUNS = {"macs": "MACs", "params": "parameters", "onnx_bytes": "ONNX bytes"}
 PLAIN = re.compile(r"[A-Za-z0-9 _.,:;/\-+=()\[\]{}'\"*#?!~^%$×·…]+")
@@ -67,7 +67,7 @@ def render(results: Mapping[str, Any]) -> Report:
         raise MeasureError(what, "results.json", "write the results again with this release")
     view = _view(results)
     return Report(
-        html=_fitting("report.html.j2", view | {"charts": _charts(results)}, HTML_LIMITS, HTML_BYTES),
+        html=_fitting("report.html.j2", view | {"charts": charts.draw(results)}, HTML_LIMITS, HTML_BYTES),
         markdown=_fitting("report.md.j2", view, MARKDOWN_LIMITS, MARKDOWN_BYTES),
     )
 
@@ -87,7 +87,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "model": text(section(results, "model").get("name")),
         "data": text(section(results, "data").get("name")),
         "created": text(results.get("created")),
-        "command": text(results.get("command")),
+        "command": text(results.get("command"), NOT_RECORDED),
         "gates": tables.gates(results),
         "summary": tables.summary(results),
         "speedups": tables.speedups(results),
@@ -105,7 +105,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
             if name == "finetune" or results.get(name)
         ],
         "pinned": tables.pinned(results),
-        "unreached": [str(name) for name in _list(results, "unreached")],
+        "unreached": [str(name) for name in entries(results, "unreached")],
         "facts": tables.facts(results),
         "artifacts": tables.artifacts(results),
         "versions": tables.flat("Package", section(provenance, "versions")),
@@ -210,12 +210,12 @@ def _notes(results: Mapping[str, Any], verdict: str) -> list[str]:
     if pruning.get("reached") is False:
         notes.append(f"Pruning stopped before its target: {text(pruning.get('stop_reason'))}.")
     measured = rows(results, "latency")
-    warned = sum(bool(row.get("warnings")) for row in measured)
+    warned = sum(bool(entries(row, "warnings")) for row in measured)
     if warned:
         notes.append(
             f"Latency measurements with a warning: {warned} of {len(measured)}. See the latency section."
         )
-    unreached = len(_list(results, "unreached"))
+    unreached = len(entries(results, "unreached"))
     if unreached:
         notes.append(f"Parameters outside the traced graph: {unreached}. They are listed under “Pinned”.")
     return notes
@@ -229,7 +229,7 @@ def _change(results: Mapping[str, Any], key: str) -> float | None:
 
 
 def _thinnest(results: Mapping[str, Any]) -> str:
-    found = sorted(_bars(results), key=lambda bar: (bar.after / bar.before, bar.name))
+    found = sorted(charts.layer_bars(results), key=lambda bar: (bar.after / bar.before, bar.name))
     said = [f"{bar.name} keeps {bar.after:,} of {bar.before:,}" for bar in found if bar.after < bar.before]
     if not found:
         return NOT_MEASURED
@@ -238,101 +238,6 @@ def _thinnest(results: Mapping[str, Any]) -> str:
 
 def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _list(results: Mapping[str, Any], name: str) -> Sequence[Any]:
-    found = results.get(name)
-    return found if isinstance(found, list | tuple) else []
-
-
-def _charts(results: Mapping[str, Any]) -> dict[str, str]:
-    """The SVG charts by name; one without data is an empty text."""
-    bars = _bars(results)
-    panels, ratios = _latency_panels(results), _ratios(results)
-    wanted = section(section(section(results, "provenance"), "config"), "gates")
-    drawn = {"pruning": _pruning_panels(results)}
-    drawn |= {stage: _epoch_panels(results, stage) for stage in ("train", "finetune")}
-    return {
-        "layers": charts.layers(bars) if bars else "",
-        "latency": charts.latency(panels[:PANELS]) if panels else "",
-        "speedup": charts.speedups(ratios[:PANELS], number(wanted.get("speedup"))) if ratios else "",
-    } | {name: charts.progress(found, name) if found else "" for name, found in drawn.items()}
-
-
-def _bars(results: Mapping[str, Any]) -> list[charts.Bar]:
-    """One bar per layer in network order; of very many layers, those that cost most."""
-    found: list[tuple[float, int, charts.Bar]] = []
-    for row in rows(results, "layers"):
-        before, after = whole_number(row.get("before")), whole_number(row.get("after"))
-        if before is not None and after is not None and 0 <= after <= before and before > 0:
-            bar = charts.Bar(text(row.get("name")), before, after, bool(row.get("pinned")))
-            found.append((number(row.get("macs_before")) or 0.0, len(found), bar))
-    kept = sorted(found, key=lambda one: (-one[0], one[1]))[: charts.MAX_BARS]
-    return [bar for _, _, bar in sorted(kept, key=lambda one: one[1])]
-
-
-def _line(
-    found: Sequence[Mapping[str, Any]], x: str, y: str, label: str, second: bool = False
-) -> charts.Series:
-    """A series of the points that have both coordinates."""
-    pairs = [(number(row.get(x)), number(row.get(y))) for row in found]
-    known = tuple((a, b) for a, b in pairs if a is not None and b is not None)
-    return charts.Series(label, known, second)
-
-
-def _pruning_panels(results: Mapping[str, Any]) -> list[charts.Panel]:
-    found = rows(section(results, "pruning"), "history")
-    kept = (
-        _line(found, "step", "macs_ratio", "MACs"),
-        _line(found, "step", "params_ratio", "parameters", True),
-    )
-    panels = [
-        charts.Panel("Share kept", "pruning step", kept, percent=True),
-        charts.Panel("Loss", "pruning step", (_line(found, "step", "loss", "loss"),)),
-        charts.Panel(
-            "Accuracy", "pruning step", (_line(found, "step", "accuracy", "accuracy"),), percent=True
-        ),
-    ]
-    return [panel for panel in panels if any(one.points for one in panel.series)]
-
-
-def _epoch_panels(results: Mapping[str, Any], stage: str) -> list[charts.Panel]:
-    found, best = rows(section(results, stage), "history"), number(section(results, stage).get("best_epoch"))
-    loss = (
-        _line(found, "epoch", "loss", "training"),
-        _line(found, "epoch", "validation_loss", "validation", True),
-    )
-    value = (_line(found, "epoch", "validation", "validation"),)
-    rate = (_line(found, "epoch", "lr", "learning rate"),)
-    panels = [
-        charts.Panel("Loss", "epoch", loss, mark=best),
-        charts.Panel("Validation accuracy", "epoch", value, percent=True, mark=best),
-        charts.Panel("Learning rate", "epoch", rate, mark=best),
-    ]
-    return [panel for panel in panels if any(one.points for one in panel.series)]
-
-
-def _latency_panels(results: Mapping[str, Any]) -> list[charts.Samples]:
-    groups: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {}
-    for row in tables.latency_rows(results):
-        samples = tuple(x for x in map(number, _list(row, "samples_ms")) if x is not None)
-        if samples and row.get("model") in ("original", "dense"):
-            place = groups.setdefault((text(row.get("runner")), text(row.get("batch"))), {})
-            place[str(row["model"])] = samples
-    return [
-        charts.Samples(f"{runner}, batch {batch}", found.get("original", ()), found.get("dense", ()))
-        for (runner, batch), found in groups.items()
-    ]
-
-
-def _ratios(results: Mapping[str, Any]) -> list[charts.Ratio]:
-    found = []
-    for row in rows(results, "speedup"):
-        ratio, low, high = (number(row.get(key)) for key in ("ratio", "low", "high"))
-        if ratio is not None and low is not None and high is not None:
-            where = f"{text(row.get('runner'))}, batch {text(row.get('batch'))}"
-            found.append(charts.Ratio(where, ratio, low, high))
-    return found
 
 
 def _fitting(template: str, view: dict[str, Any], limits: Sequence[tuple[int, int]], most: int) -> str:
@@ -346,6 +251,7 @@ def _fitting(template: str, view: dict[str, Any], limits: Sequence[tuple[int, in
     return rendered
 
 
+@cache  # compiling a template takes longer than filling it
 def _environment(markdown: bool, max_text: int) -> Environment:
     """A Jinja2 environment in which every text not marked as safe goes through the format's sink."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -13,6 +13,7 @@ from deploy import gate
 from deploy.values import (
     NBSP,
     count,
+    entries,
     measured,
     metric_word,
     milliseconds,
@@ -31,6 +32,7 @@ from deploy.values import (
 )
 
 NOT_MEASURED = "not measured"
+NOT_RECORDED = "not recorded"
 GATE_LABELS = {
     "accuracy_drop": "Accuracy drop",
     "speedup": "Speed-up",
@@ -144,8 +146,8 @@ def latency(results: Mapping[str, Any]) -> Table:
         head = (text(row.get("runner")), text(row.get("batch")), model_word(row))
         spread = measured(row.get("cv"), lambda value: percent(value, 1))
         ends = (measured(row.get("throughput_per_s")), measured(row.get("first_ms")))
-        samples = len(row.get("samples_ms") or [])
-        notes = (f"{samples:,}", text(row.get("threads")), str(len(row.get("warnings") or []) or "none"))
+        samples = len(entries(row, "samples_ms"))
+        notes = (f"{samples:,}", text(row.get("threads")), str(len(entries(row, "warnings")) or "none"))
         body.append((*head, *(measured(row.get(key)) for key in keys), spread, *ends, *notes))
     headers = ("Runner", "Batch", "Model", "min", "p50", "mean", "p90", "p95", "p99", "max", "CV")
     headers += ("Per second", "First call", "Samples", "Threads", "Warnings")
@@ -169,7 +171,7 @@ def latency_warnings(results: Mapping[str, Any]) -> list[str]:
     return [
         f"{text(row.get('runner'))}, batch {text(row.get('batch'))}, {model_word(row)}: {warning}"
         for row in latency_rows(results)
-        for warning in row.get("warnings") or []
+        for warning in entries(row, "warnings")
     ]
 
 
@@ -229,7 +231,7 @@ def pinned(results: Mapping[str, Any]) -> Table:
     """What could not be pruned, why, and the source line that says so."""
     body = []
     for row in rows(results, "pinned"):
-        names = [str(name) for name in row.get("parameters") or []]
+        names = [str(name) for name in entries(row, "parameters")]
         more = len(names) - LISTED_NAMES
         listed = ", ".join(names[:LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")
         texts = [text(row.get(key), "not known") for key in ("reason", "op", "source")]
@@ -256,16 +258,16 @@ def facts(results: Mapping[str, Any]) -> Table:
     shape = model.get("input_shape")
     sizes = ", ".join(f"{count(data.get(key))} {key}" for key in ("train", "validation", "test"))
     body = (
-        ("Model", text(model.get("name"))),
+        ("Model", text(model.get("name"), NOT_RECORDED)),
         (
             "Input, without the batch",
-            " × ".join(map(str, shape)) if isinstance(shape, list) else NOT_MEASURED,
+            " × ".join(map(str, shape)) if isinstance(shape, list) else NOT_RECORDED,
         ),
-        ("Data", f"{text(data.get('name'))} ({sizes})" if data else NOT_MEASURED),
-        ("Data fingerprint", text(data.get("fingerprint"))),
-        ("Seed", text(provenance.get("seed"))),
+        ("Data", f"{text(data.get('name'))} ({sizes})" if data else NOT_RECORDED),
+        ("Data fingerprint", text(data.get("fingerprint"), NOT_RECORDED)),
+        ("Seed", text(provenance.get("seed"), NOT_RECORDED)),
         ("Commit", text(provenance.get("commit"), "none: not in a git checkout")),
-        ("Created", text(results.get("created"))),
+        ("Created", text(results.get("created"), NOT_RECORDED)),
     )
     return Table(("Fact", "Value"), "tt", body)
 

@@ -34,8 +34,13 @@ def section(of: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def rows(of: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     """The list of mappings under ``name``, empty when absent; entries of another type are left out."""
+    return [row for row in entries(of, name) if isinstance(row, Mapping)]
+
+
+def entries(of: Mapping[str, Any], name: str) -> list[Any]:
+    """The list under ``name``, empty when it is absent or something else."""
     found = of.get(name)
-    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list | tuple) else []
+    return list(found) if isinstance(found, list | tuple) else []
 
 
 def visible(text: str) -> str:
@@ -56,11 +61,13 @@ def percent(fraction: float, places: int = 2) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """``value`` with ``digits`` significant digits or more, no exponent: 0.01234, 1.234, 1234."""
+    """``value`` with ``digits`` significant digits: 0.01234, 1.234, 1234; an exponent at the extremes."""
     if value == 0:
         return "0"
+    if not 1e-9 <= abs(value) < 1e12:
+        return f"{value:.{digits - 1}e}".replace("-", MINUS)
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(places, 12)}f}".replace("-", MINUS)
+    return f"{value:.{places}f}".replace("-", MINUS)
 
 
 def milliseconds(value: float) -> str:
@@ -74,7 +81,7 @@ def times(ratio: float) -> str:
 
 
 def shortened(before: float, after: float, unit: str = "") -> str:
-    """Two large counts in three digits and one prefix: "1.81 G → 0.905 G", with a unit "44.8 MB → 17.5 MB"."""
+    """Two large counts in three digits and one prefix: "1.81 G → 0.905 G", or "44.8 MB → 17.5 MB"."""
     size = max(abs(before), 1.0)
     power, prefix = next((pair for pair in PREFIXES if size >= 10 ** pair[0]), (0, ""))
     suffix = NBSP + prefix + unit if prefix + unit else ""

@@ -1,0 +1,363 @@
+"""The command line: ``compress COMMAND``. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compress.command import Answer, Common, Program
+from compress.console import Screen, document
+from compress.failures import Stopper
+from compress.stages import STAGES
+
+if TYPE_CHECKING:
+    from compress.config import Config
+
+DEFAULT_CONFIG = "compress.yaml"
+CONFIG_ENDINGS = (".yaml", ".yml")
+
+
+SECTIONS = {
+    "Start": ("init", "doctor", "inspect", "plan"),
+    "Everything at once": ("run",),
+    "One stage (those before it must be done)": STAGES,
+    "Results": ("compare", "verify"),
+    "Tools": ("schema", "completion"),
+}
+
+
+@click.group(
+    cls=Program,
+    sections=SECTIONS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Begin with: compress init && compress run",
+)
+@click.version_option(package_name="compress-release", prog_name="compress", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(context: click.Context, /, **given: Any) -> None:
+    """From a trained model to a smaller one that is measured, judged and ready to ship."""
+    context.obj = (list(context.obj or ()), Common.take(given))
+
+
+# -- config files -------------------------------------------------------------------------------------
+
+
+def _config_argument(function: Any) -> Any:
+    return click.argument("config", default=DEFAULT_CONFIG, type=click.Path())(function)
+
+
+def _run_options(function: Any) -> Any:
+    out = click.option(
+        "-o", "--out", metavar="DIR", type=click.Path(), help="Work in this folder, not in the config's out."
+    )
+    return _set_option(out(function))
+
+
+def _set_option(function: Any) -> Any:
+    say = "Change a value of the config for this call, e.g. prune.macs_ratio=0.4; may be repeated."
+    return click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help=say)(function)
+
+
+def _load(config: str, overrides: Sequence[str] = (), out: str | None = None) -> tuple[Config, Path]:
+    """The config and its folder, which its relative paths start at; ``out`` starts where the user is."""
+    from compress.config import load
+
+    folder = Path(config).parent
+    if out is not None:
+        overrides = [*overrides, f"out={json.dumps(os.path.relpath(out, folder))}"]
+    return load(config, overrides), folder
+
+
+def _reproduce(config: str, overrides: Sequence[str]) -> str:
+    """The command to put into the report: without folders and without what only changes the talk."""
+    changes = [part for item in overrides for part in ("--set", item)]
+    return shlex.join(["compress", "run", Path(config).name, *changes])
+
+
+# -- commands -----------------------------------------------------------------------------------------
+
+
+@cli.answering("init")
+@click.argument("path", default=DEFAULT_CONFIG, type=click.Path())
+@click.option("--template", type=click.Choice(["mnist", "cifar10", "imagefolder"]), default="mnist",
+              show_default=True, help="What to start from.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
+def init(screen: Screen, path: str, template: str, force: bool) -> Answer:
+    """Write a commented config file to start from."""
+    from compress.files import write_text
+    from compress.starters import STARTERS, starter_text
+
+    if os.path.lexists(path) and not force:
+        raise click.UsageError(f"{path} is there already; give another name, or --force to overwrite it")
+    write_text(path, starter_text(template))
+    starter = STARTERS[template]
+    config = "" if path == DEFAULT_CONFIG else f" {shlex.quote(path)}"
+    said = f"wrote {path}: {starter.about}\nnext: {starter.next}{config}\n"
+    return Answer({"path": path, "template": template}, text=said)
+
+
+@cli.answering("doctor")
+def doctor(screen: Screen) -> Answer:
+    """Look at what this machine can do, and how to mend what it cannot."""
+    from compress import doctor as checks
+    from compress.show import show_checks
+
+    found = checks.examine()
+    code = checks.exit_code(found)
+    return Answer(checks.as_dict(found), lambda screen: show_checks(screen.out, found), exit_code=code)
+
+
+def _shape(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[int] | None:
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} is not a list of sizes such as 3,224,224")
+    return [int(part) for part in parts]
+
+
+@cli.answering("inspect")
+@click.argument("subject", default=DEFAULT_CONFIG, metavar="[CONFIG|MODEL]")
+@click.option("--input-shape", callback=_shape, metavar="C,H,W", help="One input of MODEL, without the "
+              "batch; 3,224,224 if not given.")  # fmt: skip
+@click.option("--weights", help="A file with MODEL's weights, or a name such as DEFAULT.")
+@click.option("--classes", type=click.IntRange(1), help="MODEL's outputs (num_classes=N for its function).")
+def inspect(
+    screen: Screen, subject: str, input_shape: list[int] | None, weights: str | None, classes: int | None
+) -> Answer:
+    """Show what can be removed from a model, what cannot and why.
+
+    MODEL is torchvision:resnet18, timm:NAME, package.module:function or file.pt2.
+    """
+    from compress.show import show_inspect
+
+    keep: tuple[str, ...] = ()
+    if subject.endswith(CONFIG_ENDINGS):
+        if input_shape or weights or classes:
+            raise click.UsageError("--input-shape, --weights and --classes go with a MODEL, not a config")
+        config, folder = _load(subject)
+        model, keep = config.model, tuple(config.prune.keep)
+    else:
+        model, folder = _named_model(subject, input_shape, weights, classes), Path()
+    with screen.events("loading torch and the model"):
+        from compress import pipeline
+
+        found = pipeline.inspect(model, folder, keep=keep)
+    return Answer(found, lambda screen: show_inspect(screen.out, found))
+
+
+def _named_model(name: str, shape: list[int] | None, weights: str | None, classes: int | None) -> Any:
+    from compress.config import loads
+
+    model = {
+        "name": name,
+        "weights": weights,
+        "kwargs": {} if classes is None else {"num_classes": classes},
+        "input_shape": shape or [3, 224, 224],
+    }
+    return loads(json.dumps({"version": 1, "model": model, "data": {"name": "none"}}), "MODEL").model
+
+
+@cli.answering("plan")
+@_config_argument
+@_set_option
+@click.option("-o", "--output", type=click.Path(), metavar="FILE", help="Write the plan, as JSON, to a file.")
+def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | None) -> Answer:
+    """Show what would be removed, without training.
+
+    Scores the model once as it is. Nothing is written but FILE.
+    """
+    from compress.files import write_json
+    from compress.show import show_plan
+
+    loaded, folder = _load(config, overrides)
+    with screen.events("loading torch, the model and the data") as events:
+        from compress import pipeline
+
+        found = pipeline.plan(loaded, folder, events=events)
+    if output is not None:
+        write_json(output, found["plan"])
+    return Answer(found, lambda screen: show_plan(screen.out, found))
+
+
+@cli.answering("run")
+@_config_argument
+@click.option("--until", type=click.Choice(STAGES), metavar="STAGE", help="Stop after this stage.")
+@click.option("--from", "start", type=click.Choice(STAGES), metavar="STAGE", help="Do this stage and all "
+              "after it again.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
+@click.option("--fresh", is_flag=True, help="Start over: forget what was done before.")
+@_run_options
+def run(
+    screen: Screen, config: str, until: str | None, start: str | None, dry_run: bool, fresh: bool,
+    overrides: tuple[str, ...], out: str | None,
+) -> Answer:  # fmt: skip
+    """Do all of it: train, prune, finetune, export, bench, report, gate.
+
+    What is done already, with the same config, is not done again; an interrupted run goes on where it was.
+    """
+    if until and start and STAGES.index(start) > STAGES.index(until):
+        raise click.UsageError(f"--from {start} comes after --until {until}")
+    how = {"until": until, "start": start, "dry_run": dry_run, "fresh": fresh}
+    return _pipeline(screen, config, overrides, out, **how)
+
+
+def _pipeline(screen: Screen, config: str, overrides: Sequence[str], out: str | None, **how: Any) -> Answer:
+    """Run the pipeline under `Stopper` and with progress on stderr."""
+    loaded, folder = _load(config, overrides, out)
+    screen.run = str(folder / loaded.out)
+    stopper = Stopper(screen.warn)
+    with screen.events("loading torch and the data") as events, stopper:
+        from compress import pipeline
+
+        command = _reproduce(config, overrides)
+        outcome = pipeline.run(loaded, folder, events=events, should_stop=stopper, command=command, **how)
+    show = _run_show(outcome, dry_run=bool(how.get("dry_run")))
+    return Answer(_run_value(outcome), show, exit_code=outcome.exit_code)
+
+
+def _run_value(outcome: Any) -> dict[str, Any]:
+    stages = [{"name": name, "status": status, "seconds": s} for name, status, s in outcome.stages]
+    names = ("report.html", "report.md", "results.json", "dense.onnx", "dense.pt2")
+    paths = {name: str(outcome.run / name) for name in names if (outcome.run / name).is_file()}
+    return {**outcome.results, "run": str(outcome.run), "stages": stages, "paths": paths}
+
+
+def _run_show(outcome: Any, *, dry_run: bool) -> Callable[[Screen], None]:
+    from compress import show
+
+    if dry_run:
+        return lambda screen: show.show_stages(screen.out, outcome.stages, outcome.run)
+    if not outcome.results:
+        return lambda screen: show.show_part(screen.out, outcome.stages, outcome.run)
+    return lambda screen: show.show_run(
+        screen.out, outcome.results, outcome.run, details=screen.verbosity > 0
+    )
+
+
+STAGE_HELP = {
+    "train": "Build the model, train it if the config says so, and measure it.",
+    "prune": "Remove channels until the target is met.",
+    "finetune": "Train the smaller model.",
+    "export": "Write both models as ONNX and compare each with PyTorch.",
+    "bench": "Measure the latency of both models, in pairs.",
+    "report": "Judge the gates and write the report.",
+    "gate": "Exit with 5 unless every gate passes.",
+}
+
+
+def _stage_command(stage: str) -> click.Command:
+    """The command that does one stage; those before it must be done."""
+
+    @_config_argument
+    @_run_options
+    def only(screen: Screen, config: str, overrides: tuple[str, ...], out: str | None) -> Answer:
+        return _pipeline(screen, config, overrides, out, only=stage)
+
+    only.__doc__ = f"{STAGE_HELP[stage]}\n\nThe stages before it must be done."
+    return cli.answering(stage, short_help=STAGE_HELP[stage])(only)
+
+
+for _stage in STAGES:
+    _stage_command(_stage)
+
+
+@cli.answering("compare")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True,
+              help="Batch size; may be repeated.")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(3), default=10, show_default=True, help="Interleaved pairs.")
+@click.option("--seconds", type=click.FloatRange(0, 3600, min_open=True), default=1.0, show_default=True,
+              help="Least time per model and batch size.")  # fmt: skip
+@click.option("--tolerance", type=click.FloatRange(0, min_open=True), default=1e-4, show_default=True,
+              help="Largest relative error of the outputs.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads.")
+def compare(
+    screen: Screen, a: str, b: str, batches: tuple[int, ...], repeats: int, seconds: float,
+    tolerance: float, threads: int,
+) -> Answer:  # fmt: skip
+    """Compare two models: outputs, size and speed. Exits with 5 when the outputs differ.
+
+    A and B are .onnx, .pt2 or .graph.json files, or the folders of runs.
+    """
+    from compress.show import show_compare
+
+    with screen.events("loading torch") as events:
+        from compress import pipeline
+
+        found = pipeline.compare(
+            Path(a), Path(b), batches=batches, repeats=repeats, seconds=seconds, tolerance=tolerance,
+            threads=threads, events=events,
+        )  # fmt: skip
+    code = 0 if found["passed"] else 5
+    return Answer(found, lambda screen: show_compare(screen.out, found), exit_code=code)
+
+
+@cli.answering("verify")
+@click.argument("folder", type=click.Path())
+def verify(screen: Screen, folder: str) -> Answer:
+    """Check that every file of a run is what its stage wrote. Exits with 8 when one is not."""
+    from compress.manifest import verify as check
+    from compress.show import show_problems
+
+    found = check(folder)
+    value = {"run": folder, "problems": [asdict(problem) for problem in found]}
+    code = 8 if found else 0
+    return Answer(value, lambda screen: show_problems(screen.out, found, Path(folder)), exit_code=code)
+
+
+@cli.answering("schema")
+@click.option("-o", "--output", type=click.Path(), metavar="FILE", help="Write it to a file.")
+def schema(screen: Screen, output: str | None) -> Answer:
+    """Print the JSON Schema of the config file, for editors."""
+    from compress.config import json_schema
+    from compress.files import dump_json, write_json
+
+    found = json_schema()
+    if output is None:
+        return Answer(found, text=dump_json(found))
+    write_json(output, found)
+    return Answer(found, text=f"wrote {output}\n")
+
+
+@cli.answering("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(screen: Screen, shell: str) -> Answer:
+    """Print the script that completes commands and options in SHELL.
+
+    For bash: eval "$(compress completion bash)" in ~/.bashrc.
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None  # the three are click's own
+    script = kind(cli, {}, "compress", "_COMPRESS_COMPLETE").source()
+    return Answer({"shell": shell, "script": script}, text=script + "\n")
+
+
+# -- entry --------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = cli.main(args=given, obj=given, prog_name="compress", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        if "--json" in given:
+            facts = {"what": error.format_message(), "where": "", "fix": "compress --help"}
+            click.echo(document("", error.exit_code, None, facts), nl=False)
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,351 @@
+"""The paper's loop: train, accumulate importance, remove the least important units, go on.
+
+Molchanov et al., CVPR 2019, section 3: every k minibatches the n least important units leave; training
+goes on without them until the target is met. Removed units are held at zero on their reading side, which
+is exactly the network without them; surgery happens once, at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress import checkpoint as disk
+from compress import seeds
+from compress.channelmap import ChannelMap
+from compress.cost import class_counts
+from compress.errors import Interrupted
+from compress.importance import Taylor, magnitude, random
+from compress.select import Space, remove
+from compress.surgery import mask
+from compress.task import Batch, Task, move
+from compress.trace import GraphNet, get_tensor
+from compress.train import CHECKPOINT_SECONDS, DivergedError
+
+if TYPE_CHECKING:
+    from compress.config import PruneConfig
+
+STEP_SHARE = 0.02  # of all units, removed at once when the config does not say (section 4.1 of the paper)
+LOOKS = 10  # evaluations along the pruning when no tolerance asks for more
+
+
+@dataclass(frozen=True)
+class Step:
+    """One removal. loss: mean training loss of the step's minibatches, before the removal.
+
+    accuracy: on the validation examples after it, None where it was not measured.
+    """
+
+    step: int
+    minibatches: int
+    units_kept: int
+    macs_ratio: float
+    params_ratio: float
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """masked: the trained network with removed units at zero. unmasked: the same with their reading
+    slices as they were when they left. keep: bool (units,). optimizer: state by parameter name."""
+
+    masked: GraphNet
+    unmasked: GraphNet
+    keep: np.ndarray
+    history: tuple[Step, ...]
+    reached: bool
+    stop_reason: str
+    baseline: float | None
+    optimizer: dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class _State:
+    """What changes from step to step, but for tensors."""
+
+    epoch: int = 1
+    position: int = 0
+    minibatches: int = 0
+    first_loss: float | None = None
+    baseline: float | None = None
+    stop_reason: str = ""
+    reached: bool = False
+    history: list[Step] = field(default_factory=list)
+
+
+def prune(
+    net: GraphNet,
+    cmap: ChannelMap,
+    where: Space,
+    task: Task,
+    config: PruneConfig,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[Step, float], None] = lambda step, target: None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> Pruned:
+    """Prune `net` (trained in place) down to the target of `where`.
+
+    A run that finds its own state in the folder `checkpoint` goes on from it and ends with the same
+    weights as one that was never stopped. progress gets each step and the target ratio.
+
+    Raises Interrupted when `should_stop` says so between two removals; DivergedError when the loss is
+    not finite (the last good state stays in `checkpoint`).
+    """
+    place = torch.device(device)
+    net.to(place)
+    with seeds.isolated(seeds.derive(seed, "prune"), place):
+        run = _Run(net, cmap, where, task, config, seed, place, checkpoint)
+        run.begin()
+        while not run.state.stop_reason:
+            if should_stop():
+                run.save()
+                raise Interrupted(
+                    f"stopped after removal {len(run.state.history)}",
+                    "prune",
+                    "run the same command again to go on from there" if checkpoint else "nothing was saved",
+                )
+            run.step()
+            progress(run.state.history[-1], where.target.ratio)
+            if checkpoint is not None and time.monotonic() - run.saved_at >= checkpoint_seconds:
+                run.save()
+        return run.result()
+
+
+class _Run:
+    """One pruning: the network, its optimizer, the scores, and how they get to disk and back."""
+
+    def __init__(
+        self,
+        net: GraphNet,
+        cmap: ChannelMap,
+        where: Space,
+        task: Task,
+        config: PruneConfig,
+        seed: int,
+        device: torch.device,
+        folder: Path | None,
+    ) -> None:
+        self.net, self.cmap, self.where, self.task, self.config = net, cmap, where, task, config
+        self.seed, self.device, self.folder = seed, device, folder
+        self.keep = np.ones(cmap.units, dtype=bool)
+        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.SGD(
+            self.parameters.values(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+        self.taylor = Taylor(cmap, config.ema)
+        self.count = config.units_per_step or math.ceil(STEP_SHARE * cmap.units)
+        self.columns = {name: get_tensor(net, name).detach().clone() for name, _ in cmap.reads}
+        self.state = _State()
+        self.identity = self._identity()
+        self.batches: Iterator[Batch] = iter(())
+        self.good: tuple[Any, ...] | None = None
+        self.saved_at = time.monotonic()
+
+    def begin(self) -> None:
+        """Take up the state on disk if it is this run's, else measure where we start."""
+        found = disk.load(self.folder) if self.folder is not None else None
+        if found is not None and found.state.get("identity") == self.identity:
+            self._restore(found)
+        elif self.config.max_accuracy_drop is not None:
+            self.state.baseline = self._accuracy()
+
+    def step(self) -> None:
+        """k minibatches, one removal, and the look at what it cost."""
+        if self._tolerances():
+            self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy(), list(self.state.history))
+        losses = [self._minibatch() for _ in range(self.config.minibatches_per_step)]
+        loss = sum(losses) / len(losses)
+        self.state.first_loss = loss if self.state.first_loss is None else self.state.first_loss
+        chosen = remove(self._scores(), self.keep, self.where, self.count)
+        self._remember_columns(self.keep & ~chosen.keep)
+        self.keep = chosen.keep
+        mask(self.net, self.cmap, self.keep)
+        counts = class_counts(self.cmap, self.keep)
+        ratio = self.where.cost.ratio
+        accuracy = (
+            self._accuracy()
+            if self._looks_now(ratio(self.where.target.kind, counts), chosen.reached)
+            else None
+        )
+        number = len(self.state.history) + 1
+        self.state.history.append(
+            Step(
+                number,
+                self.state.minibatches,
+                int(self.keep.sum()),
+                ratio("macs", counts),
+                ratio("params", counts),
+                loss,
+                accuracy,
+            )
+        )
+        self.state.reached = chosen.reached
+        self._judge(loss, accuracy, chosen.removed)
+
+    def result(self) -> Pruned:
+        unmasked = copy.deepcopy(self.net)
+        for name, dim in sorted(self.cmap.reads):
+            units = self.cmap.axes[name, dim]
+            gone = torch.from_numpy(np.flatnonzero((units >= 0) & ~self.keep[units])).to(self.device)
+            with torch.no_grad():
+                get_tensor(unmasked, name).index_copy_(dim, gone, self.columns[name].index_select(dim, gone))
+        state = {
+            name: {k: v for k, v in self.optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
+            for name, p in self.parameters.items()
+        }
+        s = self.state
+        return Pruned(
+            self.net.eval(),
+            unmasked.eval(),
+            self.keep,
+            tuple(s.history),
+            s.reached,
+            s.stop_reason,
+            s.baseline,
+            {name: entry for name, entry in state.items() if entry},
+        )
+
+    def save(self) -> None:
+        """Write everything a later run needs to go on as if nothing had happened."""
+        if self.folder is None:
+            return
+        tensors = disk.prefixed("model/", self.net.state_dict()) | disk.prefixed("columns/", self.columns)
+        for name, parameter in self.parameters.items():
+            tensors |= disk.prefixed(f"optimizer/{name}/", self.optimizer.state.get(parameter, {}))
+        tensors |= disk.prefixed("rng/", seeds.rng_state(self.device))
+        tensors["keep"] = torch.from_numpy(self.keep)
+        if self.taylor.average is not None:
+            tensors["average"] = self.taylor.average
+        disk.save(
+            self.folder, disk.Snapshot(tensors, {"identity": self.identity, "state": asdict(self.state)})
+        )
+        self.saved_at = time.monotonic()
+
+    def _restore(self, found: disk.Snapshot) -> None:
+        with torch.no_grad():
+            for name, value in self.net.state_dict().items():
+                value.copy_(found.tensors[f"model/{name}"])
+        self.columns = {k: v.to(self.device) for k, v in disk.under(found.tensors, "columns/").items()}
+        for name, entry in disk.by_parameter(found.tensors).items():
+            self.optimizer.state[self.parameters[name]] = {k: v.to(self.device) for k, v in entry.items()}
+        seeds.set_rng_state(disk.under(found.tensors, "rng/"), self.device)
+        self.keep = found.tensors["keep"].numpy().copy()
+        average = found.tensors.get("average")
+        self.taylor.average = average.to(self.device) if average is not None else None
+        state = dict(found.state["state"])
+        self.state = _State(**{**state, "history": [Step(**entry) for entry in state["history"]]})
+
+    def _identity(self) -> str:
+        facts = [repr(self.config), repr(self.where.target), [level.tolist() for level in self.where.levels]]
+        digest = hashlib.sha256(
+            json.dumps([facts, self.seed, self.task.name, self.task.fingerprint]).encode()
+        )
+        for name, tensor in self.net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _minibatch(self) -> float:
+        """One training step; removed units stay at zero."""
+        self.net.train()
+        loss = self.task.loss(self.net, move(self._next_batch(), self.device))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            kept = f"; the last good state is in {self.folder}" if self.folder else ""
+            raise DivergedError(
+                f"the loss is {value} at minibatch {self.state.minibatches + 1}",
+                "prune",
+                f"lower prune.lr{kept}",
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self.config.criterion == "taylor":
+            self.taylor.accumulate(self.net)
+        self.optimizer.step()
+        mask(self.net, self.cmap, self.keep)
+        self.state.minibatches += 1
+        return value
+
+    def _next_batch(self) -> Batch:
+        """The next batch of the endless sequence of epochs; it depends on its place alone."""
+        with seeds.isolated(seeds.derive(self.seed, "data", self.state.epoch, self.state.position)):
+            if self.state.position >= self.task.batches_per_epoch:
+                self.state.epoch, self.state.position, self.batches = self.state.epoch + 1, 0, iter(())
+            batch = next(self.batches, None)
+            if batch is None:
+                self.batches = iter(self.task.train_batches(self.state.epoch, self.state.position))
+                batch = next(self.batches)
+        self.state.position += 1
+        return batch
+
+    def _scores(self) -> np.ndarray:
+        if self.config.criterion == "magnitude":
+            return magnitude(self.net, self.cmap)
+        if self.config.criterion == "random":
+            return random(self.cmap, self.seed)
+        return self.taylor.scores()
+
+    def _remember_columns(self, gone: np.ndarray) -> None:
+        """Keep the reading slices of units that leave now, to show later what the mask did."""
+        for name, dim in sorted(self.cmap.reads):
+            units = self.cmap.axes[name, dim]
+            index = torch.from_numpy(np.flatnonzero((units >= 0) & gone[units])).to(self.device)
+            if len(index):
+                tensor = get_tensor(self.net, name).detach()
+                self.columns[name].index_copy_(dim, index, tensor.index_select(dim, index))
+
+    def _tolerances(self) -> bool:
+        return self.config.max_accuracy_drop is not None or self.config.max_loss_increase is not None
+
+    def _looks_now(self, ratio: float, last: bool) -> bool:
+        """Whether to evaluate after this removal: always under a tolerance, else about LOOKS times."""
+        if last or self.config.max_accuracy_drop is not None:
+            return True
+        target = self.where.target.ratio
+        measured = sum(step.accuracy is not None for step in self.state.history)
+        return (1 - ratio) / (1 - target) * LOOKS >= measured + 1
+
+    def _accuracy(self) -> float:
+        with seeds.isolated(seeds.derive(self.seed, "validation", len(self.state.history)), self.device):
+            return float(self.task.evaluate(self.net, "validation").value)
+
+    def _judge(self, loss: float, accuracy: float | None, removed: int) -> None:
+        """Set the reason to stop, if there is one; a breached tolerance goes back to the last good point."""
+        first, baseline = self.state.first_loss, self.state.baseline
+        drop, rise = self.config.max_accuracy_drop, self.config.max_loss_increase
+        if drop is not None and baseline is not None and accuracy is not None and baseline - accuracy > drop:
+            self._back(
+                f"accuracy fell from {baseline:.4f} to {accuracy:.4f}, more than max_accuracy_drop {drop:g}"
+            )
+        elif rise is not None and first is not None and loss - first > rise:
+            self._back(f"the loss rose from {first:.4f} to {loss:.4f}, more than max_loss_increase {rise:g}")
+        elif self.state.reached:
+            self.state.stop_reason = "target met"
+        elif removed == 0:
+            self.state.stop_reason = "every layer is at its least width"
+
+    def _back(self, reason: str) -> None:
+        assert self.good is not None
+        weights, self.keep, history = self.good
+        with torch.no_grad():
+            for name, value in self.net.state_dict().items():
+                value.copy_(weights[name])
+        self.state.reached = False
+        self.state.stop_reason = f"{reason}; kept the {len(history)} removals before"
+        self.state.history = history

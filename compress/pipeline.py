@@ -1,0 +1,178 @@
+"""A run: stages in order, each skipped when its files are there, committed when they are whole.
+
+A stage's key is a hash of what it depends on: its part of the config, the files of the stages before it,
+the data, and the versions of this tool and of torch. Run again, finished stages are skipped; an
+interrupted one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from compress import files, manifest
+from compress.comparison import compare
+from compress.config import Config, section_hash
+from compress.errors import ConfigError, Interrupted
+from compress.inspection import inspect
+from compress.manifest import StageRecord, verify
+from compress.preview import plan
+from compress.stages import STAGES
+from compress.steps import SECTIONS, STAGE_FUNCTIONS, Events, Work
+
+__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "plan", "run", "verify"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. exit_code: 0, or 5 when a gate did not pass. stages: (name, status, seconds)."""
+
+    exit_code: int
+    run: Path
+    results: dict[str, Any]
+    stages: tuple[tuple[str, str, float], ...]
+
+
+def run(
+    config: Config,
+    folder: Path,
+    *,
+    events: Events,
+    until: str | None = None,
+    start: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+    fresh: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    command: str = "",
+) -> Outcome:
+    """Run the stages of `config`; relative paths in it start at `folder`.
+
+    until: the last stage to run. start: this stage and all later ones are done again. only: this stage
+    alone; the ones before it must be done. dry_run: say what would happen, change nothing.
+    fresh: forget what an earlier run left. Raises CompressError or DeployError; LockedError when another
+    run works in the same folder.
+    """
+    place = folder / config.out
+    work = Work(config, folder, place, events, should_stop, command)
+    if dry_run:
+        return Outcome(0, place, {}, _walk(work, until, start, only, dry=True))
+    place.mkdir(parents=True, exist_ok=True)
+    with files.lock(place):
+        if fresh:
+            _forget(place)
+        files.clean(place)
+        done = _walk(work, until, start, only, dry=False)
+        results = files.read_json(place / "results.json") if _judged(done) else {}
+    failed = _judged(done) and results["verdict"] not in ("pass", "no gates")
+    return Outcome(5 if failed else 0, place, results, done)
+
+
+def _judged(done: tuple[tuple[str, str, float], ...]) -> bool:
+    """Whether this call came to the gate: only then does its verdict decide."""
+    return any(name in ("report", "gate") and status in ("done", "cached") for name, status, _ in done)
+
+
+def _forget(place: Path) -> None:
+    (place / manifest.MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+
+def _walk(work: Work, until: str | None, start: str | None, only: str | None, *, dry: bool) -> Any:
+    """Every stage in turn: (name, status, seconds)."""
+    last = STAGES.index(only or until or STAGES[-1])
+    again = STAGES.index(only or start or STAGES[-1]) if only or start else len(STAGES)
+    report: list[tuple[str, str, float]] = []
+    stale = False
+    for number, name in enumerate(STAGES[: last + 1]):
+        key = "" if stale and dry else _key(work, name)
+        fresh_enough = not stale and number < again and manifest.is_done(work.run, name, key)
+        if fresh_enough:
+            work.events.stage(name, "cached")
+            report.append((name, "cached", 0.0))
+            continue
+        if only and name != only:
+            raise ConfigError(
+                f"stage {name} has not been run with this config",
+                str(work.run),
+                f"compress run --until {name}",
+            )
+        stale = True
+        if dry:
+            work.events.stage(name, "skipped", "would run")
+            report.append((name, "would run", 0.0))
+        else:
+            report.append((name, "done", _do(work, name, key)))
+    return tuple(report)
+
+
+def _do(work: Work, name: str, key: str) -> float:
+    """Run one stage and commit it; its checkpoints are removed then."""
+    work.events.stage(name, "start")
+    started, clock = datetime.now(UTC), time.monotonic()
+    if work.should_stop():
+        raise Interrupted(
+            f"stopped before stage {name}", "run", "run the same command again to go on from there"
+        )
+    try:
+        outputs = STAGE_FUNCTIONS[name](work)
+    except Interrupted:
+        work.events.stage(name, "stopped")
+        raise
+    seconds = time.monotonic() - clock
+    record = StageRecord(
+        name,
+        key,
+        manifest.facts(work.run, outputs),
+        _versions(),
+        started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        seconds,
+    )
+    manifest.commit(work.run, record)
+    shutil.rmtree(work.run / "checkpoints" / name, ignore_errors=True)
+    work.events.stage(name, "done", f"{seconds:.1f} s")
+    return seconds
+
+
+def _key(work: Work, name: str) -> str:
+    """A hash of everything the stage depends on."""
+    before = manifest.load(work.run) if work.run.exists() else {}
+    earlier = STAGES[: STAGES.index(name)]
+    facts: dict[str, Any] = {
+        "stage": name,
+        "config": section_hash(work.config, SECTIONS[name]),
+        "inputs": {s: {n: f["sha256"] for n, f in before[s].outputs.items()} for s in earlier if s in before},
+        "versions": _versions(),
+    }
+    if name in ("train", "prune", "finetune"):
+        facts["data"] = work.task.fingerprint
+    if name == "train":
+        facts["weights"] = _weights_hash(work)
+    if name == "prune":
+        facts["align"] = work.align
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_hash(work: Work) -> str:
+    """sha256 of the weights file or .pt2, where there is one."""
+    names = [n for n in (work.config.model.weights, work.config.model.name) if n]
+    paths = [work.folder / n for n in names if (work.folder / n).is_file()]
+    return files.sha256(paths[0]) if paths else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("compress-release", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

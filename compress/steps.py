@@ -1,0 +1,507 @@
+"""What each stage of a run does: read the files of the stage before, work, write its own.
+
+Only files in the run's folder travel between stages. A stage returns the names of the files it wrote;
+the pipeline hashes them and commits the stage to the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress import checkpoint, files, graphfile, manifest, seeds
+from compress import config as configuration
+from compress.channelmap import ChannelMap, channel_map
+from compress.config import Config, TrainConfig
+from compress.cost import class_counts, cost_model, layers
+from compress.errors import IntegrityError
+from compress.inspection import build, keep_names, pinned_rows
+from compress.loop import Pruned, Step
+from compress.loop import prune as prune_loop
+from compress.select import Space, Target, space
+from compress.surgery import cut, verify
+from compress.task import Evaluation, Task, build_task, check
+from compress.trace import GraphNet, Traced
+from compress.train import Progress, TrainResult, train
+
+
+class Events(Protocol):
+    """How a run talks. status: start, done, cached, skipped or stopped."""
+
+    def stage(self, name: str, status: str, detail: str = "") -> None: ...
+    def progress(self, stage: str, done: float, total: float, text: str = "") -> None: ...
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+@dataclass
+class Work:
+    """What the stages of one run share. folder: the config's; run: where the files go."""
+
+    config: Config
+    folder: Path
+    run: Path
+    events: Events
+    should_stop: Callable[[], bool]
+    command: str = ""
+
+    @cached_property
+    def task(self) -> Task:
+        return build_task(self.config.data, self.config.model, self.config.seed, self.folder)
+
+    @cached_property
+    def device(self) -> torch.device:
+        name = self.config.device
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+    @cached_property
+    def align(self) -> int:
+        return resolve_align(self.config)
+
+    def example(self) -> Tensor:
+        """Two normal inputs, always the same."""
+        shape = (2, *self.config.model.input_shape)
+        return torch.randn(shape, generator=seeds.generator(self.config.seed, "example"))
+
+    def load(self, name: str) -> GraphNet:
+        return graphfile.load(self.run / name)[0]
+
+    def traced(self, name: str) -> Traced:
+        return Traced(self.load(name), (self.example(),))
+
+    def read(self, name: str) -> Any:
+        return files.read_json(self.run / name)
+
+    def write(self, name: str, document: Any) -> str:
+        files.write_json(self.run / name, document)
+        return name
+
+    def save(self, net: GraphNet, name: str) -> list[str]:
+        paths = graphfile.save(net.eval().cpu(), self.run / name, [list(self.config.model.input_shape)])
+        return [path.name for path in paths]
+
+    def checkpoint(self, stage: str) -> Path:
+        folder = self.run / "checkpoints" / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def test(self, net: nn.Module) -> dict[str, Any]:
+        """Evaluate on the test split; wrong: the numbers of the examples it got wrong."""
+        net.to(self.device)
+        return _evaluation(self.task.evaluate(net, "test"))
+
+
+def resolve_align(config: Config) -> int:
+    """The multiple that kept channels must be of: as given, or by the target."""
+    from deploy import targets
+
+    align = config.prune.align
+    return targets.resolve_align(targets.load(config.bench.target)) if align == "auto" else align
+
+
+def _evaluation(found: Evaluation) -> dict[str, Any]:
+    wrong = None if found.correct is None else torch.nonzero(~found.correct).flatten().tolist()
+    loss = found.loss if math.isfinite(found.loss) else None
+    return {"metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong}
+
+
+# -- train --------------------------------------------------------------------------------------------
+
+
+def train_stage(work: Work) -> list[str]:
+    """Build and trace the model, train it if asked, and measure it."""
+    traced = build(work.config.model, work.folder, work.config.seed)
+    check(traced.net, work.task, work.config.model.input_shape)
+    history: TrainResult | None = None
+    if work.config.train is not None and work.config.train.epochs:
+        history = _train(work, "train", traced.net, work.config.train, None, None)
+    accuracy = work.test(traced.net)
+    document = {
+        "accuracy": accuracy,
+        "training": _training(history),
+        "unreached": list(traced.unreached),
+        "aliases": [list(pair) for pair in traced.aliases],
+    }
+    return [*work.save(traced.net, "original"), work.write("train.json", document)]
+
+
+def _train(
+    work: Work, stage: str, net: GraphNet, config: TrainConfig, teacher: nn.Module | None, state: Any
+) -> TrainResult:
+    best = 0.0
+
+    def show(now: Progress) -> None:
+        if now.message:
+            work.events.note(now.message)
+        done = now.epoch - 1 + now.step / now.steps
+        text = f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}" + (f"  best {best:.2%}" if best else "")
+        work.events.progress(stage, done, now.epochs, text)
+
+    def evaluate(model: nn.Module, split: str) -> Evaluation:
+        nonlocal best
+        found = work.task.evaluate(model, split)
+        best = max(best, found.value)
+        return found
+
+    from dataclasses import replace
+
+    return train(
+        net,
+        replace(work.task, evaluate=evaluate),
+        config,
+        seed=work.config.seed,
+        device=work.device,
+        checkpoint=work.checkpoint(stage),
+        teacher=teacher,
+        optimizer_state=state,
+        should_stop=work.should_stop,
+        progress=show,
+    )
+
+
+def _training(result: TrainResult | None) -> dict[str, Any] | None:
+    if result is None or not result.history:
+        return None
+    return {"history": [asdict(epoch) for epoch in result.history], "best_epoch": result.best_epoch}
+
+
+# -- prune --------------------------------------------------------------------------------------------
+
+
+def target_of(config: Config) -> Target:
+    """The one ratio that the config gives."""
+    for kind in ("macs", "params", "units"):
+        ratio = getattr(config.prune, f"{kind}_ratio")
+        if ratio is not None:
+            return Target(kind, ratio)
+    raise AssertionError("the schema always gives one ratio")
+
+
+def choices(config: Config, cmap: ChannelMap, align: int) -> Space:
+    """The widths, target and ranking that the config asks for."""
+    per_mac = config.prune.rank == "importance_per_mac"
+    return space(cmap, target_of(config), align=align, min_keep=config.prune.min_keep, per_mac=per_mac)
+
+
+def prune_stage(work: Work) -> list[str]:
+    """Prune to the target, cut the channels out, and prove the result equal to the masked network."""
+    config = work.config
+    traced = work.traced("original")
+    cmap = channel_map(traced, keep_names(traced.net, config.prune.keep))
+    where = choices(config, cmap, work.align)
+    started = datetime.now(UTC)
+
+    def show(step: Step, target: float) -> None:
+        ratio = {"macs": step.macs_ratio, "params": step.params_ratio}.get(
+            where.target.kind, step.units_kept / cmap.units
+        )
+        text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}  loss {step.loss:.3f}"
+        text += f"  accuracy {step.accuracy:.2%}" if step.accuracy is not None else ""
+        work.events.progress("prune", min(1 - ratio, 1 - target), 1 - target, text)
+
+    pruned = prune_loop(
+        traced.net, cmap, where, work.task, config.prune, seed=config.seed, device=work.device,
+        checkpoint=work.checkpoint("prune"), should_stop=work.should_stop, progress=show,
+    )  # fmt: skip
+    seconds = (datetime.now(UTC) - started).total_seconds()
+    return _write_pruned(work, cmap, where, pruned, seconds)
+
+
+def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float) -> list[str]:
+    dense, plan = cut(pruned.masked, cmap, pruned.keep)
+    proof = verify(pruned.unmasked.cpu(), pruned.masked.cpu(), dense.cpu(), (work.example(),))
+    if not proof.passed:
+        raise IntegrityError(
+            f"the dense network differs from the masked one by {proof.relative_error:.2e}, "
+            f"and the mask moved the output by {proof.movement:.2e}",
+            "prune",
+            "please report this model",
+        )
+    counts = class_counts(cmap, pruned.keep)
+    kind, align = where.target.kind, work.align
+    document = {
+        "criterion": work.config.prune.criterion,
+        "target": {"kind": f"{kind}_ratio", "value": where.target.ratio},
+        "align": align,
+        "reached": pruned.reached,
+        "stop_reason": pruned.stop_reason,
+        "units": {
+            "total": cmap.units,
+            "kept": int(pruned.keep.sum()),
+            "pinned_channels": sum(p.channels for p in cmap.pinned),
+        },
+        "seconds": seconds,
+        "history": [asdict(step) for step in pruned.history],
+        "cost": _costs(cmap, counts),
+        "layers": [asdict(layer) for layer in layers(cmap, pruned.keep)],
+        "pinned": pinned_rows(cmap),
+        "verification": asdict(proof),
+        "accuracy": work.test(dense),
+    }
+    outputs = [*work.save(dense, "pruned"), work.write("plan.json", plan.to_json())]
+    outputs.append(_write_optimizer(work, pruned.optimizer, plan))
+    return [*outputs, work.write("prune.json", document)]
+
+
+def _costs(cmap: ChannelMap, counts: Any) -> dict[str, Any]:
+    model = cost_model(cmap)
+    return {
+        "macs": {"before": round(model.macs.total(model.full)), "after": round(model.macs.total(counts))},
+        "params": {
+            "before": round(model.params.total(model.full)),
+            "after": round(model.params.total(counts)),
+        },
+    }
+
+
+def _write_optimizer(work: Work, state: Mapping[str, Mapping[str, Tensor]], plan: Any) -> str:
+    from safetensors.torch import save_file
+
+    from compress.surgery import carry_state
+
+    carried = carry_state(state, plan)
+    tensors = {
+        f"optimizer/{name}/{key}": value.cpu().contiguous().clone()
+        for name, entry in carried.items()
+        for key, value in entry.items()
+    }
+    with files.whole(work.run / "optimizer.safetensors") as temporary:
+        save_file(tensors, str(temporary))
+    return "optimizer.safetensors"
+
+
+# -- finetune -----------------------------------------------------------------------------------------
+
+
+def finetune_stage(work: Work) -> list[str]:
+    """Train the dense network on, and save it three ways: graph and weights, and .pt2."""
+    net, config = work.load("pruned"), work.config.finetune
+    history: TrainResult | None = None
+    if config is not None and config.epochs:
+        teacher = work.load("original") if config.distill is not None else None
+        state = _read_optimizer(work) if config.optimizer == "sgd" and config.momentum else None
+        history = _train(work, "finetune", net, config, teacher, state)
+    document = {"accuracy": work.test(net), "training": _training(history)}
+    outputs = work.save(net, "dense")
+    return [*outputs, _write_program(work, net), work.write("finetune.json", document)]
+
+
+def _read_optimizer(work: Work) -> dict[str, dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    return checkpoint.by_parameter(load_file(str(work.run / "optimizer.safetensors")))
+
+
+def _write_program(work: Work, net: GraphNet) -> str:
+    """`dense.pt2`, for those who serve with torch.export."""
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(net.eval().cpu(), (work.example(),), dynamic_shapes=dynamic)
+    with files.whole(work.run / "dense.pt2") as temporary, temporary.open("wb") as stream:
+        torch.export.save(program, stream)
+    return "dense.pt2"
+
+
+# -- export and bench ---------------------------------------------------------------------------------
+
+
+def export_stage(work: Work) -> list[str]:
+    """Write both networks as ONNX and compare each with PyTorch."""
+    from deploy import parity, runners, to_onnx
+
+    config, rows, outputs = work.config.export, [], []
+    for done, name in enumerate(("original", "dense")):
+        work.events.progress("export", done, 2, name)
+        net, path = work.load(name), work.run / f"{name}.onnx"
+        with files.whole(path) as temporary:
+            to_onnx.export(
+                net, work.example(), temporary, opset=config.opset, metadata={"model": work.config.model.name}
+            )
+        outputs.append(path.name)
+        ours, theirs = runners.open_runner("torch", net), runners.open_runner("onnxruntime", path)
+        found = parity.compare(
+            ours.infer, theirs.infer, [work.config.model.input_shape], config.batches, config.tolerance,
+            work.config.seed,
+        )  # fmt: skip
+        theirs.close()
+        ours.close()
+        rows += [{"model": name, **finite(asdict(row))} for row in found]
+    document = {
+        "parity": rows,
+        "onnx_bytes": {n: (work.run / f"{n}.onnx").stat().st_size for n in ("original", "dense")},
+    }
+    return [*outputs, work.write("export.json", document)]
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with numbers JSON cannot hold as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def bench_stage(work: Work) -> list[str]:
+    """Time the dense network against the original, interleaved, on every runner and batch."""
+    from deploy import latency, machine, runners
+
+    config = work.config.bench
+    kinds = list(config.runners)
+    if torch.cuda.is_available() and "torch_cuda" not in kinds:
+        kinds.append("torch_cuda")
+    rows: list[Any] = []
+    ratios: list[Any] = []
+    total = len(kinds) * len(config.batches)
+    for kind in kinds:
+        for batch in config.batches:
+            place = len(ratios)
+
+            def show(done: int, of: int, place: int = place, kind: str = kind, batch: int = batch) -> None:
+                work.events.progress("bench", place + done / of, total, f"{kind}, batch {batch}")
+                _stop_between(work)
+
+            pair = {name: _runner(work, runners, kind, name) for name in ("original", "dense")}
+            found = latency.measure(
+                pair, [work.config.model.input_shape], batch, config.repeats, config.seconds,
+                seed=work.config.seed, progress=show,
+            )  # fmt: skip
+            for runner in reversed(pair.values()):
+                runner.close()
+            rows += [finite(row.as_dict()) for row in found.latency]
+            ratios += (
+                [finite(asdict(ratio)) for ratio in found.speedup]
+                if isinstance(found.speedup, list | tuple)
+                else [finite(asdict(found.speedup))]
+            )
+    document = {"latency": rows, "speedup": ratios, "machine": machine.describe()}
+    return [work.write("bench.json", document)]
+
+
+def _runner(work: Work, runners: Any, kind: str, name: str) -> Any:
+    artifact = work.run / f"{name}.onnx" if kind.startswith("onnxruntime") else work.load(name)
+    return runners.open_runner(kind, artifact, work.config.bench.threads)
+
+
+def _stop_between(work: Work) -> None:
+    if work.should_stop():
+        from compress.errors import Interrupted
+
+        raise Interrupted("stopped while measuring", "bench", "run the same command again: it measures anew")
+
+
+# -- report and gate ----------------------------------------------------------------------------------
+
+
+def report_stage(work: Work) -> list[str]:
+    """Put every stage's figures into results.json, judge the gates, and write the report."""
+    from deploy import gate, report
+
+    results = gather(work)
+    judged = gate.judge(results, work.config.gates.model_dump())
+    results["gates"] = [finite(asdict(g)) for g in judged]
+    results["verdict"] = gate.verdict(judged)
+    pages = report.render(results)
+    files.write_text(work.run / "report.html", pages.html)
+    files.write_text(work.run / "report.md", pages.markdown)
+    return [work.write("results.json", results), "report.html", "report.md"]
+
+
+def gather(work: Work) -> dict[str, Any]:
+    """results.json without gates and verdict."""
+    from deploy import machine
+
+    before, pruned, after = work.read("train.json"), work.read("prune.json"), work.read("finetune.json")
+    exported, bench = work.read("export.json"), work.read("bench.json")
+    config, task = work.config, work.task
+    data = {"train": task.n_train, "validation": task.n_validation, "test": task.n_test}
+    sizes = exported["onnx_bytes"]
+    artifacts = {n: f for record in manifest.load(work.run).values() for n, f in record.outputs.items()}
+    return {
+        "schema_version": 1,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": work.command,
+        "model": {
+            "name": config.model.name,
+            "input_shape": list(config.model.input_shape),
+            "parameters": pruned["cost"]["params"]["before"],
+        },
+        "data": {"name": config.data.name, **data, "fingerprint": task.fingerprint},
+        "accuracy": _accuracy(before["accuracy"], pruned["accuracy"], after["accuracy"]),
+        "cost": {
+            **pruned["cost"],
+            "onnx_bytes": {"before": sizes["original"], "after": sizes["dense"]},
+            "peak_rss_bytes": _peak_rss_bytes(),
+        },
+        "pruning": {
+            k: v
+            for k, v in pruned.items()
+            if k not in ("cost", "layers", "pinned", "verification", "accuracy")
+        },
+        "train": before["training"],
+        "finetune": after["training"],
+        "layers": pruned["layers"],
+        "pinned": pruned["pinned"],
+        "unreached": before["unreached"],
+        "verification": pruned["verification"],
+        "parity": exported["parity"],
+        "latency": bench["latency"],
+        "speedup": bench["speedup"],
+        "provenance": {
+            "versions": machine.versions(),
+            "machine": bench["machine"],
+            "seed": config.seed,
+            "config": configuration.to_dict(config),
+            "commit": machine.commit(work.folder),
+            "artifacts": [{"path": name, **facts} for name, facts in artifacts.items()],
+        },
+    }
+
+
+def _accuracy(before: dict[str, Any], pruned: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    flips = None
+    if before["wrong"] is not None and after["wrong"] is not None:
+        old, new = set(before["wrong"]), set(after["wrong"])
+        flips = {"lost": len(new - old), "gained": len(old - new)}
+    return {
+        "metric": before["metric"], "before": before["value"], "pruned": pruned["value"],
+        "after": after["value"], "n": after["n"], "split": "test", "flips": flips,
+    }  # fmt: skip
+
+
+def _peak_rss_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gate_stage(work: Work) -> list[str]:
+    """The verdict as a file of its own: what a pipeline reads."""
+    results = work.read("results.json")
+    return [work.write("gate.json", {"verdict": results["verdict"], "gates": results["gates"]})]
+
+
+STAGE_FUNCTIONS: dict[str, Callable[[Work], list[str]]] = {
+    "train": train_stage,
+    "prune": prune_stage,
+    "finetune": finetune_stage,
+    "export": export_stage,
+    "bench": bench_stage,
+    "report": report_stage,
+    "gate": gate_stage,
+}
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "train": ("model", "data", "train", "seed", "device"),
+    "prune": ("prune", "data", "seed", "device"),
+    "finetune": ("finetune", "data", "seed", "device"),
+    "export": ("export", "seed"),
+    "bench": ("bench", "seed"),
+    "report": ("gates",),
+    "gate": ("gates",),
+}
+"""Parts of the config that each stage reads; what else it depends on are the files of the stages before."""
