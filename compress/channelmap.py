@@ -31,6 +31,23 @@ INTEGER_FUNCTIONS = frozenset(
         operator.neg,
     }
 )
+SIZED = frozenset(
+    (
+        *(
+            "slice",
+            "narrow",
+            "select",
+            "constant_pad_nd",
+            "pad",
+            "tensor_split",
+            "index_select",
+            "index",
+            "roll",
+        ),
+        *("chunk", "split", "split_with_sizes", "unsafe_split", "unsafe_chunk", "channel_shuffle"),
+    )
+)
+"""Ops whose arguments count channels in a way that the user's Python code fixes."""
 _CREATORS = frozenset(("zeros", "ones", "full", "empty", "arange", "eye", "linspace", "scalar_tensor"))
 
 
@@ -72,10 +89,11 @@ class ChannelMap:
     parameters: frozenset[str]
 
 
-def channel_map(traced: Traced, keep: Sequence[str] = ()) -> ChannelMap:
+def channel_map(traced: Traced, keep: Sequence[str] = (), *, in_place: bool = False) -> ChannelMap:
     """Label every axis of a traced model.
 
-    keep: names of parameters none of whose channels may be removed.
+    keep: names of parameters none of whose channels may be removed. in_place: also pin channels whose
+    number is written into the model's Python code, so that a plan fits the user's own module.
     Raises ModelError when an op cannot even be shaped (data-dependent output sizes).
     """
     net = traced.net
@@ -99,6 +117,8 @@ def channel_map(traced: Traced, keep: Sequence[str] = ()) -> ChannelMap:
         else:
             env[node] = _call(ledger, node, env)
     _pin_kept(ledger, keep)
+    if in_place:
+        _pin_sized(ledger, env)
     return _finish(ledger, env, {name: get_tensor(net, name) for name in tensors})
 
 
@@ -210,6 +230,29 @@ def _pin_kept(ledger: Ledger, keep: Sequence[str]) -> None:
         for (owner, _), labels in ledger.axes.items():
             if owner == name:
                 ledger.pin(torch.arange(labels.start, labels.stop), "kept on request")
+
+
+def _pin_sized(ledger: Ledger, env: dict[fx.Node, Any]) -> None:
+    """Pin channels that splits, slices, padding and shuffles count by numbers in the model's code."""
+    nodes = {node.name: _labels_of(value) for node, value in env.items()}
+    for node in env:
+        ledger.node = node
+        shuffled = len(varying(nodes[node.name])) > 1 if isinstance(nodes[node.name], Tensor) else False
+        if short_name(node) in SIZED or (shuffled and _moves(node)):
+            whole = env[node.args[0]].labels  # type: ignore[index]
+            if _cuts(whole, nodes[node.name]) or shuffled:
+                ledger.pin(whole, "its size is written into the model's code")
+                for piece in nodes[node.name] if isinstance(nodes[node.name], list) else [nodes[node.name]]:
+                    ledger.pin(piece, "its size is written into the model's code")
+
+
+def _cuts(whole: Tensor, result: Any) -> bool:
+    """Whether an op changed the number of channels along an axis in which they vary."""
+    pieces = result if isinstance(result, list) else [result]
+    return any(
+        piece.dim() != whole.dim() or any(piece.shape[d] != whole.shape[d] for d in varying(whole))
+        for piece in pieces
+    )
 
 
 def _finish(ledger: Ledger, env: dict[fx.Node, Any], tensors: dict[str, Tensor]) -> ChannelMap:

@@ -15,6 +15,7 @@ import click
 
 from compress.command import Answer, Common, Program
 from compress.console import Screen, document
+from compress.errors import escape
 from compress.failures import Stopper
 from compress.stages import STAGES
 
@@ -183,6 +184,8 @@ def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | 
         from compress import pipeline
 
         found = pipeline.plan(loaded, folder, events=events)
+    if loaded.train is not None and loaded.train.epochs:
+        screen.warn("the config trains the model first; this plan is that of the model before training")
     if output is not None:
         write_json(output, found["plan"])
     return Answer(found, lambda screen: show_plan(screen.out, found))
@@ -218,6 +221,8 @@ def _pipeline(screen: Screen, config: str, overrides: Sequence[str], out: str | 
     with screen.events("loading torch and the data") as events, stopper:
         from compress import pipeline
 
+        if how.get("dry_run"):
+            events.verbosity = min(-1, events.verbosity)  # the table says it
         command = _reproduce(config, overrides)
         outcome = pipeline.run(loaded, folder, events=events, should_stop=stopper, command=command, **how)
     show = _run_show(outcome, dry_run=bool(how.get("dry_run")))
@@ -352,12 +357,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = cli.main(args=given, obj=given, prog_name="compress", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
-        if "--json" in given:
-            facts = {"what": error.format_message(), "where": "", "fix": "compress --help"}
-            click.echo(document("", error.exit_code, None, facts), nl=False)
         return error.exit_code
+    except click.ClickException as error:
+        return _usage(error, "--json" in given)
     except (click.Abort, KeyboardInterrupt):
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _usage(error: click.ClickException, as_json: bool) -> int:
+    """One line for what was typed wrongly, and exit code 2."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "compress"
+    what, fix = error.format_message().rstrip("."), f"see {path} --help"
+    click.echo(f"error: {escape(what)}; {fix}", err=True)
+    if as_json:
+        facts = {"what": what, "where": "", "fix": fix}
+        click.echo(document(path.partition(" ")[2], error.exit_code, None, facts), nl=False)
+    return error.exit_code

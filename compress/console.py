@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from compress.errors import escape
 
@@ -127,21 +127,35 @@ def print_table(
     right: Iterable[int] = (),
     fold: int | None = None,
 ) -> None:
-    """Rows in columns without borders, one line each. ``right``: columns of numbers; ``fold``: the one that
-    may break on a narrow terminal. Control characters in cells are shown escaped."""
+    """Rows in columns without borders, nothing ever cut off. ``right``: columns of numbers; ``fold``: the one
+    that breaks into lines on a narrow terminal. Control characters in cells are shown escaped."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(heads))
+    cells = [[readable(str(cell)) for cell in row] for row in rows]
     numbers = set(right)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(heads))
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index in numbers else "left", no_wrap=index != fold)
-    for row in rows:
-        cells = [readable(str(cell)) for cell in row]
-        table.add_row(*(Text(cell, style=STYLES.get(cell.strip().lower(), "")) for cell in cells))
+        most = _room(console, heads, cells, index) if index == fold else None
+        justify: Literal["left", "right"] = "right" if index in numbers else "left"
+        table.add_column(head, justify=justify, no_wrap=index != fold, max_width=most)
+    for row in cells:
+        table.add_row(*(Text(cell, style=STYLES.get(cell.strip().lower(), "")) for cell in row))
     with console.capture() as capture:
-        console.print(table)
+        console.print(table, width=WIDE, crop=False)
     console.out("\n".join(line.rstrip() for line in capture.get().splitlines()), highlight=False)
+
+
+def _room(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], fold: int) -> int:
+    """Columns of the terminal that the others leave to column ``fold``, at least 30."""
+    from rich.cells import cell_len
+
+    taken = sum(
+        2 + max(map(cell_len, column))
+        for index, column in enumerate(zip(heads, *rows, strict=True))
+        if index != fold
+    )
+    return max(30, console.width - taken)
 
 
 @dataclass

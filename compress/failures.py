@@ -18,7 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CompressError, ConfigErrors, Interrupted, ResourceError, TargetError, escape
+from compress.errors import (
+    CompressError,
+    ConfigError,
+    ConfigErrors,
+    Interrupted,
+    ResourceError,
+    TargetError,
+    escape,
+)
 from deploy.errors import DeployError
 
 if TYPE_CHECKING:
@@ -60,6 +68,9 @@ def _known(error: BaseException) -> BaseException:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = str(error.filename or "")
         return ResourceError("no space left on the disk", place, "make room, then run the same command again")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "choose files and folders that you may read and write"
+        return ConfigError(f"cannot be used: {os.strerror(error.errno)}", str(error.filename or ""), fix)
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and OUT_OF_MEMORY.search(str(error))
     ):

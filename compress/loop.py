@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +42,9 @@ LOOKS = 10  # evaluations along the pruning when no tolerance asks for more
 
 @dataclass(frozen=True)
 class Step:
-    """One removal. loss: mean training loss of the step's minibatches, before the removal.
+    """One removal. minibatches: trained before it. loss: mean over the minibatches that followed it.
 
-    accuracy: on the validation examples after it, None where it was not measured.
+    accuracy: on the validation examples after those, None where it was not measured.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Step:
     units_kept: int
     macs_ratio: float
     params_ratio: float
-    loss: float
+    loss: float | None = None
     accuracy: float | None = None
 
 
@@ -121,7 +121,8 @@ def prune(
                     "run the same command again to go on from there" if checkpoint else "nothing was saved",
                 )
             run.step()
-            progress(run.state.history[-1], where.target.ratio)
+            if run.state.history:
+                progress(run.state.history[-1], where.target.ratio)
             if checkpoint is not None and time.monotonic() - run.saved_at >= checkpoint_seconds:
                 run.save()
         return run.result()
@@ -154,7 +155,7 @@ class _Run:
         self.state = _State()
         self.identity = self._identity()
         self.batches: Iterator[Batch] = iter(())
-        self.good: tuple[Any, ...] | None = None
+        self.good: tuple[dict[str, Any], np.ndarray] | None = None
         self.saved_at = time.monotonic()
 
     def begin(self) -> None:
@@ -166,37 +167,39 @@ class _Run:
             self.state.baseline = self._accuracy()
 
     def step(self) -> None:
-        """k minibatches, one removal, and the look at what it cost."""
-        if self._tolerances():
-            self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy(), list(self.state.history))
+        """k minibatches, a look at what the last removal cost, the next removal."""
         losses = [self._minibatch() for _ in range(self.config.minibatches_per_step)]
         loss = sum(losses) / len(losses)
         self.state.first_loss = loss if self.state.first_loss is None else self.state.first_loss
+        if self.state.history:
+            self._look_back(loss)
+        if not self.state.stop_reason:
+            self._remove()
+
+    def _look_back(self, loss: float) -> None:
+        """Measure the network that the last removal left, now that its batch norms have seen some data."""
+        last = self.state.history[-1]
+        accuracy = self._accuracy() if self._looks_now(last) else None
+        if accuracy is not None and not math.isfinite(accuracy):
+            accuracy = None  # the task has no measure
+        self.state.history[-1] = replace(last, loss=loss, accuracy=accuracy)
+        self._judge(loss, accuracy)
+
+    def _remove(self) -> None:
+        if self._tolerances():
+            self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy())
         chosen = remove(self._scores(), self.keep, self.where, self.count)
+        if not chosen.removed:
+            self.state.stop_reason = "every layer is at its least width"
+            return
         self._remember_columns(self.keep & ~chosen.keep)
         self.keep = chosen.keep
         mask(self.net, self.cmap, self.keep)
-        counts = class_counts(self.cmap, self.keep)
-        ratio = self.where.cost.ratio
-        accuracy = (
-            self._accuracy()
-            if self._looks_now(ratio(self.where.target.kind, counts), chosen.reached)
-            else None
-        )
-        number = len(self.state.history) + 1
-        self.state.history.append(
-            Step(
-                number,
-                self.state.minibatches,
-                int(self.keep.sum()),
-                ratio("macs", counts),
-                ratio("params", counts),
-                loss,
-                accuracy,
-            )
-        )
+        counts, ratio = class_counts(self.cmap, self.keep), self.where.cost.ratio
+        number, units = len(self.state.history) + 1, int(self.keep.sum())
+        entry = Step(number, self.state.minibatches, units, ratio("macs", counts), ratio("params", counts))
+        self.state.history.append(entry)
         self.state.reached = chosen.reached
-        self._judge(loss, accuracy, chosen.removed)
 
     def result(self) -> Pruned:
         unmasked = copy.deepcopy(self.net)
@@ -232,6 +235,8 @@ class _Run:
         tensors["keep"] = torch.from_numpy(self.keep)
         if self.taylor.average is not None:
             tensors["average"] = self.taylor.average
+        if self.good is not None:
+            tensors |= disk.prefixed("good/", self.good[0]) | {"good_keep": torch.from_numpy(self.good[1])}
         disk.save(
             self.folder, disk.Snapshot(tensors, {"identity": self.identity, "state": asdict(self.state)})
         )
@@ -248,6 +253,8 @@ class _Run:
         self.keep = found.tensors["keep"].numpy().copy()
         average = found.tensors.get("average")
         self.taylor.average = average.to(self.device) if average is not None else None
+        if "good_keep" in found.tensors:
+            self.good = (disk.under(found.tensors, "good/"), found.tensors["good_keep"].numpy().copy())
         state = dict(found.state["state"])
         self.state = _State(**{**state, "history": [Step(**entry) for entry in state["history"]]})
 
@@ -313,39 +320,42 @@ class _Run:
     def _tolerances(self) -> bool:
         return self.config.max_accuracy_drop is not None or self.config.max_loss_increase is not None
 
-    def _looks_now(self, ratio: float, last: bool) -> bool:
+    def _looks_now(self, last: Step) -> bool:
         """Whether to evaluate after this removal: always under a tolerance, else about LOOKS times."""
-        if last or self.config.max_accuracy_drop is not None:
+        if self.state.reached or self.config.max_accuracy_drop is not None:
             return True
-        target = self.where.target.ratio
+        done = self.cmap.units - last.units_kept if self.where.target.kind == "units" else 0.0
+        shares = {
+            "macs": 1 - last.macs_ratio,
+            "params": 1 - last.params_ratio,
+            "units": done / self.cmap.units,
+        }
         measured = sum(step.accuracy is not None for step in self.state.history)
-        return (1 - ratio) / (1 - target) * LOOKS >= measured + 1
+        return shares[self.where.target.kind] / (1 - self.where.target.ratio) * LOOKS >= measured + 1
 
     def _accuracy(self) -> float:
         with seeds.isolated(seeds.derive(self.seed, "validation", len(self.state.history)), self.device):
             return float(self.task.evaluate(self.net, "validation").value)
 
-    def _judge(self, loss: float, accuracy: float | None, removed: int) -> None:
+    def _judge(self, loss: float, accuracy: float | None) -> None:
         """Set the reason to stop, if there is one; a breached tolerance goes back to the last good point."""
         first, baseline = self.state.first_loss, self.state.baseline
         drop, rise = self.config.max_accuracy_drop, self.config.max_loss_increase
         if drop is not None and baseline is not None and accuracy is not None and baseline - accuracy > drop:
-            self._back(
-                f"accuracy fell from {baseline:.4f} to {accuracy:.4f}, more than max_accuracy_drop {drop:g}"
-            )
+            fell = f"accuracy fell from {baseline:.4f} to {accuracy:.4f}"
+            self._back(f"{fell}, more than max_accuracy_drop {drop:g}")
         elif rise is not None and first is not None and loss - first > rise:
             self._back(f"the loss rose from {first:.4f} to {loss:.4f}, more than max_loss_increase {rise:g}")
         elif self.state.reached:
             self.state.stop_reason = "target met"
-        elif removed == 0:
-            self.state.stop_reason = "every layer is at its least width"
 
     def _back(self, reason: str) -> None:
+        """Undo the last removal: the network as it was right before it."""
         assert self.good is not None
-        weights, self.keep, history = self.good
+        weights, self.keep = self.good
         with torch.no_grad():
             for name, value in self.net.state_dict().items():
                 value.copy_(weights[name])
         self.state.reached = False
-        self.state.stop_reason = f"{reason}; kept the {len(history)} removals before"
-        self.state.history = history
+        self.state.history = self.state.history[:-1]
+        self.state.stop_reason = f"{reason}; went back to removal {len(self.state.history)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,14 @@ class Plan:
     """shapes: tensor name -> shape in the unpruned model. axes: (name, dim) -> kept indices, ascending.
 
     groups: weight name -> new group count of a depthwise conv whose channels were removed.
+    hard_coded: source lines that carry sizes the plan changes (splits, slices, channel padding, shuffles):
+    the dense graph has them rewritten, the user's own Python code has not.
     """
 
     shapes: dict[str, tuple[int, ...]]
     axes: dict[tuple[str, int], tuple[int, ...]]
     groups: dict[str, int]
+    hard_coded: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -44,10 +48,13 @@ class Plan:
             "shapes": shapes,
             "axes": axes,
             "groups": self.groups,
+            "hard_coded": list(self.hard_coded),
         }
 
 
-def make_plan(cmap: ChannelMap, keep: np.ndarray, groups: dict[str, int]) -> Plan:
+def make_plan(
+    cmap: ChannelMap, keep: np.ndarray, groups: dict[str, int], hard_coded: Sequence[str] = ()
+) -> Plan:
     """The plan of a keep mask (bool (units,)); axes that keep everything are left out."""
     if keep.shape != (cmap.units,):
         raise ValueError(f"keep has shape {keep.shape}, the model has {cmap.units} units")
@@ -60,7 +67,7 @@ def make_plan(cmap: ChannelMap, keep: np.ndarray, groups: dict[str, int]) -> Pla
             )
         if not stays.all():
             axes[key] = tuple(int(i) for i in np.flatnonzero(stays))
-    return Plan(dict(cmap.shapes), axes, groups)
+    return Plan(dict(cmap.shapes), axes, groups, tuple(dict.fromkeys(hard_coded)))
 
 
 def from_json(document: Any, where: str = "plan.json") -> Plan:
@@ -76,7 +83,8 @@ def from_json(document: Any, where: str = "plan.json") -> Plan:
             for n, dims in document["axes"].items()
             for d, kept in dims.items()
         }
-        plan = Plan(shapes, axes, {str(n): int(g) for n, g in document["groups"].items()})
+        groups = {str(n): int(g) for n, g in document["groups"].items()}
+        plan = Plan(shapes, axes, groups, tuple(str(line) for line in document["hard_coded"]))
         stated = document["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(

@@ -73,7 +73,7 @@ def space(
     if least > target.ratio:
         raise ModelError(
             f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least",
-            fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or free layers from prune.keep",
+            fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or shorten prune.keep",
         )
     return Space(cmap, model, levels, target, per_mac)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -151,8 +151,6 @@ def _train(
         best = max(best, found.value)
         return found
 
-    from dataclasses import replace
-
     return train(
         net,
         replace(work.task, evaluate=evaluate),
@@ -203,8 +201,7 @@ def prune_stage(work: Work) -> list[str]:
         ratio = {"macs": step.macs_ratio, "params": step.params_ratio}.get(
             where.target.kind, step.units_kept / cmap.units
         )
-        text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}  loss {step.loss:.3f}"
-        text += f"  accuracy {step.accuracy:.2%}" if step.accuracy is not None else ""
+        text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}"
         work.events.progress("prune", min(1 - ratio, 1 - target), 1 - target, text)
 
     pruned = prune_loop(
@@ -372,11 +369,7 @@ def bench_stage(work: Work) -> list[str]:
             for runner in reversed(pair.values()):
                 runner.close()
             rows += [finite(row.as_dict()) for row in found.latency]
-            ratios += (
-                [finite(asdict(ratio)) for ratio in found.speedup]
-                if isinstance(found.speedup, list | tuple)
-                else [finite(asdict(found.speedup))]
-            )
+            ratios += [finite(asdict(ratio)) for ratio in found.speedup]
     document = {"latency": rows, "speedup": ratios, "machine": machine.describe()}
     return [work.write("bench.json", document)]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from compress.channelmap import ChannelMap, restored_by
+from compress.channelmap import SIZED, ChannelMap, restored_by
 from compress.errors import ModelError
 from compress.labels import along, collapse, core, short_name, varying, vector
 from compress.plan import Plan, make_plan
@@ -45,7 +45,7 @@ def cut(net: GraphNet, cmap: ChannelMap, keep: np.ndarray) -> tuple[GraphNet, Pl
     stays = np.append(keep, True)[cmap.unit_of_label]  # -1 picks the appended True
     surgeon = _Surgeon(small, cmap, torch.from_numpy(stays))
     surgeon.rewrite()
-    plan = make_plan(cmap, keep, surgeon.groups)
+    plan = make_plan(cmap, keep, surgeon.groups, surgeon.hard_coded)
     slice_tensors(small, plan)
     small.graph.lint()
     small.recompile()
@@ -100,6 +100,7 @@ class _Surgeon:
         self.net, self.stays = net, stays
         self.nodes = dict(cmap.nodes)
         self.groups: dict[str, int] = {}
+        self.hard_coded: list[str] = []
         self.arguments = {node: node.args for node in net.graph.nodes}  # as traced, for replaying
 
     def rewrite(self) -> None:
@@ -109,8 +110,11 @@ class _Surgeon:
             if self._restored(node):
                 continue
             handler = REWRITES.get(short_name(node))
+            before = node.args
             if handler is not None:
                 handler(self, node)
+            if node.args != before and short_name(node) in SIZED:
+                self.hard_coded.append(node.meta.get("source", ""))
 
     def labels(self, node: Any) -> Any:
         return self.nodes[node.name]
@@ -165,6 +169,7 @@ class _Surgeon:
         chosen.meta = dict(node.meta)
         self.nodes[chosen.name] = self.labels(node)
         node.replace_all_uses_with(chosen)
+        self.hard_coded.append(node.meta.get("source", ""))
 
 
 def _stretch(node: fx.Node, origin: fx.Node) -> list[fx.Node]:
@@ -349,9 +354,15 @@ def apply_plan(plan: Plan, module: nn.Module) -> nn.Module:
     """Slice a fresh instance of the user's model in place, and return it.
 
     Raises ModelError, before anything is changed, when a tensor of the plan is missing or has another
-    shape. Python code that has a size written into it is found by running the model: compare its
-    outputs with the dense graph's (`verify`).
+    shape, or when the plan changes a size that is written into the model's Python code (the line is
+    named): make the plan with `in_place=True` then, or use the dense graph.
     """
+    if plan.hard_coded:
+        raise ModelError(
+            "the plan changes a size that is written into the model's code",
+            where=plan.hard_coded[0],
+            fix="prune with in_place=True, or use the dense graph instead of the module",
+        )
     for name, shape in plan.shapes.items():
         try:
             found = tuple(get_tensor(module, name).shape)

@@ -1,0 +1,94 @@
+"""What importance costs on top of a training step, and labelling on top of export.
+
+    python benchmarks/overhead.py
+
+A training step (forward, loss, backward, SGD with momentum) with and without `Taylor.accumulate`,
+interleaved A B A B on one thread; the overhead is the median of the paired ratios minus 1.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import write
+
+
+def overhead(name: str, model: Any, batch: int, size: int, pairs: int) -> dict[str, Any]:
+    """Paired overhead of accumulating Taylor importance in one training step."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from compress.channelmap import channel_map
+    from compress.importance import Taylor
+    from compress.trace import trace
+
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(0, 10, (batch,), generator=torch.Generator().manual_seed(0))
+    started = time.perf_counter()
+    traced = trace(model, (x[:2],))
+    middle = time.perf_counter()
+    cmap = channel_map(traced)
+    labelled = time.perf_counter()
+    net = traced.net.train()
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9)
+    importance = Taylor(cmap)
+
+    def step(score: bool) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        cross_entropy(net(x), y).backward()
+        if score:
+            importance.accumulate(net)
+        optimizer.step()
+
+    plain, scored, alone = [], [], []
+    for number in range(pairs + 1):
+        a, b = _seconds(lambda: step(False)), _seconds(lambda: step(True))
+        c = _seconds(lambda: importance.accumulate(net))
+        if number:  # the first pair warms up
+            plain.append(a)
+            scored.append(b)
+            alone.append(c)
+    ratios = sorted(b / a - 1 for a, b in zip(plain, scored, strict=True))
+    return {
+        "model": name, "batch": batch, "input": size, "pairs": pairs,
+        "step_ms": 1000 * statistics.median(plain), "accumulate_ms": 1000 * statistics.median(alone),
+        "overhead": statistics.median(ratios), "overhead_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "accumulate_over_step": statistics.median(alone) / statistics.median(plain),
+        "export_s": middle - started, "label_s": labelled - middle,
+    }  # fmt: skip
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    import torch
+    import torchvision
+
+    from compress.zoo import cifar_resnet
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [
+        overhead("resnet20", cifar_resnet(20), 128, 32, 15),
+        overhead("resnet18", torchvision.models.resnet18(num_classes=10), 32, 64, 15),
+        overhead("resnet50", torchvision.models.resnet50(num_classes=10), 8, 64, 7),
+    ]
+    summary = {row["model"]: row["overhead"] for row in rows}
+    write(
+        "overhead", summary | {"label_over_export_resnet50": rows[2]["label_s"] / rows[2]["export_s"]}, rows
+    )
+
+
+if __name__ == "__main__":
+    main()
