@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -53,11 +53,14 @@ def separated() -> Iterator[TextIO]:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", errors="backslashreplace", closefd=False)
     _flush()
     real = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
     os.dup2(2, 1)
     try:
-        yield real
+        with redirect_stdout(sys.stderr):
+            yield real
     finally:
         _flush()
         with suppress(BrokenPipeError):
@@ -141,9 +144,10 @@ def print_table(
         table.add_column(head, justify=justify, no_wrap=index != fold, max_width=most)
     for row in cells:
         table.add_row(*(Text(cell, style=STYLES.get(cell.strip().lower(), "")) for cell in row))
-    with console.capture() as capture:
-        console.print(table, width=WIDE, crop=False)
-    console.out("\n".join(line.rstrip() for line in capture.get().splitlines()), highlight=False)
+    for segments in console.render_lines(table, console.options.update(width=WIDE), pad=False):
+        line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
+        line.rstrip()
+        console.print(line, soft_wrap=True)
 
 
 def _room(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], fold: int) -> int:
@@ -186,12 +190,12 @@ class Screen:
 
 
 def print_word(console: Console, word: str, text: str) -> None:
-    """``word: text`` with the word in its colour; every line of ``text`` gets it."""
+    """``word: text`` with the word, if any, in its colour; every line of ``text`` gets it."""
     from rich.text import Text
 
     for line in text.splitlines() or [""]:
-        styled = Text.assemble((f"{word}:", STYLES.get(word, "")), " ", readable(line))
-        console.print(styled, soft_wrap=True)
+        head = Text.assemble((f"{word}:", STYLES.get(word, "")), " ") if word else Text()
+        console.print(head + readable(line), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -330,6 +334,7 @@ class LiveEvents(Events):
         super()._end(name)
         if self._bar is not None and self._task is not None:
             self._bar.remove_task(self._task[1])
+            self._bar.refresh()  # else the line that is printed next draws the old bar once more
             self._task = None
 
     def _close(self) -> None:

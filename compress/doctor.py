@@ -44,7 +44,7 @@ REQUIRED = (
     Package("numpy", "numpy", "2.0"),
     Package("scipy", "scipy", "1.14"),
     Package("safetensors", "safetensors", "0.5"),
-    Package("filelock", "filelock", "3.16"),
+    Package("filelock", "filelock", "4.2"),
     Package("psutil", "psutil", "6"),
     Package("Jinja2", "jinja2", "3.1"),
     Package("matplotlib", "matplotlib", "3.9"),

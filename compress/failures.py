@@ -42,7 +42,7 @@ OUT_OF_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """How a command ended: ``lines`` for people with ``word`` before them, ``error`` for --json."""
+    """How a command ended: ``lines`` for people, ``word`` before each (if any), ``error`` for --json."""
 
     exit_code: int
     lines: tuple[str, ...]
@@ -57,7 +57,8 @@ def explain(error: BaseException, screen: Screen, arguments: Sequence[str]) -> F
         return _reported(known)
     if isinstance(error, KeyboardInterrupt):
         code = error.code if isinstance(error, StopNow) else 130
-        return _failure(code, "stopped at once", "", "the same command goes on from the last safe point")
+        fix = "the same command goes on from the last safe point" if screen.run else ""
+        return _reported(Interrupted("stopped at once", fix=fix, exit_code=code))
     return _bug(error, screen, arguments)
 
 
@@ -93,13 +94,8 @@ def _reported(error: CompressError | DeployError) -> Failure:
         facts["more"] = [  # type: ignore[assignment]  # the one value that is a list
             {"what": fault.what, "where": fault.where, "fix": fault.fix} for fault in error.faults[1:]
         ]
-    word = "stopped" if error.exit_code in SIGNALS.values() else "error"
+    word = "" if error.exit_code in SIGNALS.values() else "error"
     return Failure(error.exit_code, tuple(str(error).splitlines()), facts, word)
-
-
-def _failure(code: int, what: str, where: str, fix: str) -> Failure:
-    line = str(CompressError(what, where, fix))
-    return Failure(code, (line,), {"what": what, "where": where, "fix": fix}, "stopped")
 
 
 def _bug(error: BaseException, screen: Screen, arguments: Sequence[str]) -> Failure:

@@ -353,10 +353,14 @@ def _pad(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
     """Padding along channels makes channels that nothing writes; elsewhere it changes nothing."""
     labels = args[0].labels
     amounts = args[1]
+    mode = args[2] if short_name(node) == "pad" and len(args) > 2 else "constant"
     for back in range(len(amounts) // 2):
         dim = labels.dim() - 1 - back
         left, right = amounts[2 * back], amounts[2 * back + 1]
         size = labels.shape[dim] + left + right
+        if mode != "constant" and dim in varying(labels) and (left or right):
+            ledger.pin(labels, f"{mode} padding copies channels")
+            return fixed(meta)
         if dim not in varying(labels):
             labels = labels.narrow(dim, 0, 1).expand(
                 [size if d == dim else s for d, s in enumerate(labels.shape)]
@@ -374,10 +378,25 @@ def _pad(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
 
 @rule("index")
 def _index(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
-    """Indexing with constants moves data."""
-    if all(v.real is not None for v in values_in(args[1])):
-        return movement(ledger, node, args, kwargs, meta)
-    return unknown(ledger, node, args, kwargs, meta)
+    """Indexing with constants moves data; channels may be picked by one list of indices."""
+    value: Value = args[0]
+    given = [(dim, v) for dim, v in enumerate(args[1]) if v is not None]
+    if any(v.real is None for _, v in given):
+        return unknown(ledger, node, args, kwargs, meta)
+    hit = {dim + i for dim, v in given for i in range(max(v.meta.dim(), 1))} & set(varying(value.labels))
+    if hit and not value.weight and (len(given) > 1 or given[0][1].meta.dim() != 1):
+        ledger.pin(value.labels, "channels are indexed together with another axis")
+    return movement(ledger, node, args, kwargs, meta)
+
+
+@rule("roll")
+def _roll(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
+    """Channels may be rolled by themselves."""
+    value: Value = args[0]
+    dims = [dim % meta.dim() for dim in args[2]] if len(args) > 2 else []
+    if len(dims) != 1 and (not dims or set(dims) & set(varying(value.labels))):
+        ledger.pin(value.labels, "channels are rolled together with another axis")
+    return movement(ledger, node, args, kwargs, meta)
 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
@@ -470,7 +489,6 @@ for _dims in (1, 2, 3):
         f"max_pool{_dims}d_with_indices",
         f"reflection_pad{_dims}d",
         f"replication_pad{_dims}d",
-        f"lp_pool{_dims}d",
     )(_spatial(_dims))
 rule("upsample_nearest1d", "upsample_linear1d", "_upsample_nearest_exact1d")(_spatial(1))
 rule(

@@ -148,7 +148,7 @@ class _Surgeon:
         for step in stretch:
             positions = _replay(step, self.arguments[step], positions, self.nodes)
         self._gather(node, origin, dim, vector(positions, dim))
-        for step in reversed(stretch):
+        for step in reversed(stretch[:-1]):
             if not step.users:
                 self.net.graph.erase_node(step)
         return True
@@ -169,6 +169,7 @@ class _Surgeon:
         chosen.meta = dict(node.meta)
         self.nodes[chosen.name] = self.labels(node)
         node.replace_all_uses_with(chosen)
+        graph.erase_node(node)
         self.hard_coded.append(node.meta.get("source", ""))
 
 
@@ -311,9 +312,11 @@ def _rewrite_moved(surgeon: _Surgeon, node: fx.Node) -> None:
     if not surgeon.changed(labels) or len(varying(labels)) != 1:
         return
     dim = varying(labels)[0]
-    positions = _replay(
-        node, node.args, along(torch.arange(labels.shape[dim]), dim, labels.shape), _constants(surgeon)
-    )
+    straight = along(torch.arange(labels.shape[dim]), dim, labels.shape)
+    constants = {n.name: _number(surgeon, n) for n in node.all_input_nodes if n is not source}
+    positions = _replay(node, node.args, straight, constants)
+    if torch.equal(core(positions), core(straight)):
+        return  # it moves data along other axes only
     if positions.dim() != labels.dim() or vector(positions, dim) is None:
         raise ModelError(
             f"{short_name(node)} moves channels to another axis", where=node.meta.get("source", "")
@@ -322,18 +325,30 @@ def _rewrite_moved(surgeon: _Surgeon, node: fx.Node) -> None:
         surgeon._gather(node, source, dim, vector(positions, dim))
 
 
-def _constants(surgeon: _Surgeon) -> dict[str, Any]:
-    """Node values for replaying: constant tensors as they are, sizes as numbers."""
-    values = dict(surgeon.nodes)
-    for node in surgeon.net.graph.nodes:
-        if node.op == "get_attr":
-            values[node.name] = get_tensor(surgeon.net, str(node.target))
-    return values
+def _number(surgeon: _Surgeon, node: fx.Node) -> Any:
+    """What a node that depends on no input computes; sizes as traced."""
+    if node.op == "get_attr":
+        return get_tensor(surgeon.net, str(node.target))
+    if not isinstance(surgeon.nodes[node.name], Tensor | list):
+        return surgeon.nodes[node.name]
+    arguments, named = fx.map_arg((surgeon.arguments[node], node.kwargs), lambda n: _number(surgeon, n))
+    return node.target(*arguments, **named)  # type: ignore[operator]
+
+
+def _rewrite_squeeze(surgeon: _Surgeon, node: fx.Node) -> None:
+    """Only the axes that had size 1 in the traced model go, not one that is cut to size 1."""
+    arguments: Any = [*node.args, None]
+    shape = surgeon.labels(arguments[0]).shape
+    given = range(len(shape)) if arguments[1] is None else arguments[1]
+    dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)]
+    node.target, node.kwargs = aten.squeeze.dims, {}
+    node.args = (arguments[0], [d for d in dims if shape[d] == 1])
 
 
 REWRITES: dict[str, Callable[[_Surgeon, fx.Node], None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to"), _rewrite_sizes(1)),
     "unflatten": _rewrite_sizes(2),
+    "squeeze": _rewrite_squeeze,
     **dict.fromkeys(
         ("split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "tensor_split"), _rewrite_split
     ),
@@ -446,7 +461,7 @@ def relative_error(reference: Sequence[Tensor], other: Sequence[Tensor]) -> floa
     """max |a - b| / max |a| over all outputs; infinite where shapes differ or a number is not finite."""
     worst = 0.0
     for a, b in zip(reference, other, strict=True):
-        if a.shape != b.shape or not bool(torch.isfinite(b).all()):
+        if a.shape != b.shape or not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
             return float("inf")
         if a.is_floating_point() and a.numel():
             worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))

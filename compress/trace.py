@@ -88,9 +88,10 @@ def from_program(
     source = program.module(check_guards=False)
     graph = source.graph
     unreached = [str(n.target) for n in graph.nodes if n.op == "get_attr" and not n.users]
-    for node in list(graph.nodes):
+    for node in reversed(list(graph.nodes)):
         unused = node.op == "get_attr" or str(node.target) == "aten.sym_size.int"
-        if unused and not node.users:
+        # The exporter's checks of dtype and device would forbid another precision or a GPU.
+        if (unused and not node.users) or str(node.target) == "aten._assert_tensor_metadata.default":
             graph.erase_node(node)
     for node in graph.nodes:
         _slim_meta(node)

@@ -55,7 +55,6 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.left": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": LINE,
     "grid.linewidth": 0.7,
     "xtick.color": MUTED,
@@ -63,7 +62,6 @@ STYLE = {
     "xtick.major.size": 0.0,
     "ytick.major.size": 0.0,
     "lines.linewidth": 1.7,
-    "path.simplify": True,
 }
 
 
@@ -328,8 +326,7 @@ def _latency_panel(axes: Any, panel: Samples) -> None:
         axes.axvline(middles[key], color=colour, linewidth=1.4)
         label = f"{'original' if key == 'o' else 'pruned'} {milliseconds(middles[key])}"
         _note(axes, middles[key], 1.14, label, right=len(middles) == 1 or middles[key] < rightmost)
-    span = edges[-1] - edges[0]
-    axes.set_xlim(edges[0] - 0.04 * span, edges[-1] + 0.04 * span)
+    axes.margins(x=0.04)
     axes.set_ylim(0, 1.25)
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -370,8 +367,7 @@ def _figure(height: float) -> Any:
 
 
 def _grid(figure: Any, lines: int, columns: int) -> list[Any]:
-    grid = figure.subplots(lines, columns, squeeze=False, subplot_kw={"facecolor": "none"})
-    return list(grid.ravel())
+    return list(figure.subplots(lines, columns, squeeze=False, subplot_kw={"facecolor": "none"}).ravel())
 
 
 def _svg(figure: Any, name: str, alt: str) -> str:

@@ -155,8 +155,8 @@ def _lead(results: Mapping[str, Any]) -> str:
         missing.append("accuracy")
     else:
         metric = metric_word(section(results, "accuracy").get("metric"))
-        verb = "loses" if drop.value >= 0 else "gains"
-        said.append(f"{verb} {points(abs(drop.value))} of {metric}")
+        change = f"{'loses' if drop.value > 0 else 'gains'} {points(abs(drop.value))} of {metric}"
+        said.append(change if drop.value else f"keeps its {metric}")
     changes = {noun: _change(results, key) for key, noun in NOUNS.items()}
     missing += [noun for noun, change in changes.items() if change is None]
     fewer = [

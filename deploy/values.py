@@ -103,8 +103,10 @@ def metric_word(metric: object) -> str:
 
 
 def scientific(value: float | None) -> str:
-    """A small error: "1.2e-06"; "not finite" where there is no number."""
-    return "not finite" if value is None else f"{value:.1e}"
+    """A small error: "1.2e-06", "0" for none at all; "not finite" where there is no number."""
+    if value is None:
+        return "not finite"
+    return f"{value:.1e}" if value else "0"
 
 
 def thinned(size: int, most: int) -> list[int]:

@@ -687,6 +687,15 @@ def test_numbers_are_written_for_people() -> None:
     assert visible("a\x1b\u202e\n\xa0") == "a\\x1b\\u202e\\n\xa0"
 
 
+def test_an_unchanged_accuracy_is_kept_and_a_better_one_is_gained(results: dict[str, Any]) -> None:
+    few = light(results)
+    few["accuracy"] |= {"after": few["accuracy"]["before"], "flips": {"lost": 5, "gained": 5}}
+    assert "loses" not in report.render(few).markdown
+    assert "keeps its top-1 accuracy and has 50.1" in report.render(few).markdown
+    few["accuracy"] |= {"after": 0.9522, "flips": {"lost": 5, "gained": 15}}
+    assert f"gains 0.10{NBSP}points of top-1 accuracy" in report.render(few).markdown
+
+
 def test_the_headline_is_the_gated_measurement(results: dict[str, Any]) -> None:
     few = {**light(results), "speedup": results["speedup"]}
     other = change(few, "provenance", "config", "gates", to={"runner": "torch", "batch": 1})

@@ -1,0 +1,211 @@
+"""A run's stages, their files, resuming, and what a stop in the middle leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compress import config, files, manifest, pipeline
+from compress.errors import ConfigError, DataError, IntegrityError, Interrupted, LockedError, ModelError
+from tests.pipelines import CONFIG, Silent, start, stop_after
+
+WEIGHTS = ("dense.safetensors", "dense.onnx", "plan.json", "pruned.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run, never interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    outcome = start(folder)
+    assert outcome.exit_code == 0, outcome.results["gates"]
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: files.sha256(folder / "run" / name) for name in WEIGHTS}
+
+
+def test_a_run_leaves_a_smaller_proved_model_and_a_report(finished: Path) -> None:
+    results = files.read_json(finished / "run" / "results.json")
+    assert results["verdict"] == "pass"
+    assert results["cost"]["macs"]["after"] <= 0.6 * results["cost"]["macs"]["before"]
+    assert results["cost"]["onnx_bytes"]["after"] < results["cost"]["onnx_bytes"]["before"]
+    assert results["verification"]["relative_error"] <= 1e-12
+    assert results["verification"]["movement"] > 1000 * results["verification"]["relative_error"]
+    assert all(row["passed"] and row["relative"] <= 1e-4 for row in results["parity"])
+    assert {row["batch"] for row in results["parity"]} == {1, 2, 7}
+    assert results["accuracy"]["before"] > 0.5
+    page = (finished / "run" / "report.html").read_text()
+    assert "PASS" in page
+    assert f"{results['accuracy']['after'] * 100:.2f}" in page
+
+
+def test_every_artifact_is_in_the_manifest_with_its_hash(finished: Path) -> None:
+    results = files.read_json(finished / "run" / "results.json")
+    for artifact in results["provenance"]["artifacts"]:
+        assert files.sha256(finished / "run" / artifact["path"]) == artifact["sha256"]
+    assert {a["path"] for a in results["provenance"]["artifacts"]} >= {*WEIGHTS, "dense.pt2", "original.onnx"}
+    assert pipeline.verify(finished / "run") == []
+
+
+def test_no_artifact_names_a_folder_of_this_machine(finished: Path) -> None:
+    home = str(finished).encode()
+    source = str(Path(pipeline.__file__).parent).encode()
+    for path in (finished / "run").iterdir():
+        if path.is_file() and path.suffix != ".pt2":  # torch writes its own stack traces there
+            content = path.read_bytes()
+            assert home not in content, path.name
+            assert source not in content, path.name
+
+
+def test_run_again_does_nothing(finished: Path) -> None:
+    before = {
+        p.name: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.suffix in (".onnx", ".json")
+    }
+    events = Silent()
+    outcome = start(finished, events=events)
+    assert [status for _, status in events.stages] == ["cached"] * len(pipeline.STAGES)
+    assert outcome.exit_code == 0
+    after = {
+        p.name: p.stat().st_mtime_ns for p in (finished / "run").iterdir() if p.suffix in (".onnx", ".json")
+    }
+    assert after == before
+
+
+def test_a_changed_gate_repeats_only_the_report(finished: Path) -> None:
+    events = Silent()
+    outcome = start(finished, ["gates.size_ratio=0.0001"], events=events, dry_run=True)
+    assert [name for name, status, _ in outcome.stages if status != "cached"] == ["report", "gate"]
+
+
+@pytest.mark.parametrize(
+    "calls", [5, 65, pytest.param(1, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)]
+)
+def test_stopped_and_resumed_ends_with_the_same_bytes(finished: Path, tmp_path: Path, calls: int) -> None:
+    with pytest.raises(Interrupted) as stopped:
+        start(tmp_path, should_stop=stop_after(calls))
+    assert stopped.value.exit_code == 130
+    start(tmp_path, until="export")
+    assert hashes(tmp_path) == hashes(finished)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_with_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "compress.yaml").write_text(CONFIG)
+    script = "from pathlib import Path; from tests.pipelines import start; import sys, torch; "
+    script += "torch.set_num_threads(1); start(Path(sys.argv[1]), until='export')"
+    for delay in (6.0, 8.0, 10.0, 12.0):
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": "."}
+        )
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert pipeline.verify(tmp_path / "run") == []
+    start(tmp_path, until="export")
+    assert hashes(tmp_path) == hashes(finished)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    outcome = start(tmp_path, dry_run=True)
+    assert [status for _, status, _ in outcome.stages] == ["would run"] * len(pipeline.STAGES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_stage_needs_the_ones_before(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stage train has not been run.*compress run --until train"):
+        start(tmp_path, only="prune")
+
+
+def test_a_failed_gate_is_exit_5(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    outcome = start(tmp_path / "copy", ["gates.size_ratio=0.0001"])
+    assert outcome.exit_code == 5
+    assert outcome.results["verdict"] == "fail"
+
+
+def test_a_changed_artifact_is_refused(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    path = tmp_path / "copy" / "run" / "dense.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    assert [problem.path for problem in pipeline.verify(tmp_path / "copy" / "run")] == ["dense.onnx"]
+    with pytest.raises(IntegrityError, match=r"dense\.onnx"):
+        start(tmp_path / "copy")
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    code = "from compress import files; import sys, time\n"
+    code += "with files.lock(sys.argv[1]):\n print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(LockedError) as locked:
+            start(tmp_path)
+        assert locked.value.exit_code == 9
+        assert str(holder.pid) in str(locked.value)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"loss.*finite") as diverged:
+        start(tmp_path, ["train.lr=1e30", "train.epochs=3"])
+    assert diverged.value.exit_code == 4
+    assert "train" not in manifest.load(tmp_path / "run")
+    assert not (tmp_path / "run" / "original.safetensors").exists()
+
+
+def test_wrong_input_shape_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1, 28, 28") as wrong:
+        start(tmp_path, ["model.input_shape=[3, 28, 28]"])
+    assert wrong.value.exit_code == 3
+    assert "\n" not in str(wrong.value)
+
+
+def test_an_unreachable_target_names_the_least(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"macs_ratio 0\.01 cannot be reached: 0\.\d+ is the least"):
+        start(tmp_path, ["prune.macs_ratio=0.01", "train.epochs=0"])
+
+
+def test_a_model_without_prunable_units(tmp_path: Path) -> None:
+    (tmp_path / "fixed_model.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))\n"
+    )
+    with pytest.raises(ModelError, match="no prunable unit") as nothing:
+        start(tmp_path, ["model.name=fixed_model:make", "model.kwargs={}", "train.epochs=0"])
+    assert nothing.value.exit_code == 4
+
+
+def test_tolerance_stops_at_the_last_good_point(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    events = Silent()
+    start(tmp_path / "copy", ["prune.max_loss_increase=0.0", "prune.lr=1e-9"], until="prune", events=events)
+    document = files.read_json(tmp_path / "copy" / "run" / "prune.json")
+    assert not document["reached"]
+    assert "max_loss_increase 0" in document["stop_reason"]
+    assert document["units"]["kept"] > files.read_json(finished / "run" / "prune.json")["units"]["kept"]
+    assert document["verification"]["passed"]
+
+
+def test_sections_cover_the_config() -> None:
+    from compress.steps import SECTIONS
+
+    used = {name for names in SECTIONS.values() for name in names}
+    assert used == set(config.to_dict(config.loads(CONFIG))) - {"version", "out"}
