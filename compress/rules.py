@@ -325,12 +325,12 @@ def _cat(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
     dim %= meta.dim()
     pieces = [p for p in pieces if p.dim() == meta.dim()]  # cat ignores empty 1-D tensors
     if any(set(varying(p)) - {dim} for p in pieces):
-        for a, b in pairwise(pieces):
-            if set(varying(a)) | set(varying(b)) <= set(range(meta.dim())) - {dim}:
+        if not any(dim in varying(p) for p in pieces):
+            for a, b in pairwise(pieces):
                 ledger.tie(*_broadcast(core(a), core(b)))
-            else:
-                ledger.pin(a, "concatenated along two axes of channels")
-                ledger.pin(b, "concatenated along two axes of channels")
+            return result(pieces[0].narrow(dim, 0, 1).expand(meta.shape), meta)
+        for piece in pieces:
+            ledger.pin(piece, "concatenated along two axes of channels")
     common = [max(core(p).shape[d] for p in pieces) for d in range(meta.dim())]
     thin = [
         p[tuple(slice(None) if d == dim else slice(0, common[d]) for d in range(p.dim()))] for p in pieces
@@ -353,7 +353,8 @@ def _pad(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
     """Padding along channels makes channels that nothing writes; elsewhere it changes nothing."""
     labels = args[0].labels
     amounts = args[1]
-    mode = args[2] if short_name(node) == "pad" and len(args) > 2 else "constant"
+    full = [*args, None]
+    mode = kwargs.get("mode", full[2] if short_name(node) == "pad" else None) or "constant"
     for back in range(len(amounts) // 2):
         dim = labels.dim() - 1 - back
         left, right = amounts[2 * back], amounts[2 * back + 1]

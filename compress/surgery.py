@@ -338,6 +338,8 @@ def _number(surgeon: _Surgeon, node: fx.Node) -> Any:
 def _rewrite_squeeze(surgeon: _Surgeon, node: fx.Node) -> None:
     """Only the axes that had size 1 in the traced model go, not one that is cut to size 1."""
     arguments: Any = [*node.args, None]
+    if not surgeon.changed(surgeon.labels(arguments[0])):
+        return
     shape = surgeon.labels(arguments[0]).shape
     given = range(len(shape)) if arguments[1] is None else arguments[1]
     dims = [d % len(shape) for d in ([given] if isinstance(given, int) else given)]

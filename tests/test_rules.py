@@ -60,7 +60,12 @@ class Case:
     rank: int = 2
     parts: Callable[[], dict[str, Any]] = dict
     size: int = 6
-    names: tuple[str, ...] = field(default=())
+    free: int = -1
+
+    @property
+    def expected(self) -> int:
+        """Removable units among the first layer's channels."""
+        return self.free if self.free >= 0 else 0 if self.pinned else CHANNELS
 
     def traced(self) -> Traced:
         torch.manual_seed(0)
@@ -79,6 +84,11 @@ def pooled(y: Tensor) -> Tensor:
 def each(names: str, *cases: tuple[Any, ...], **common: Any) -> list[Case]:
     """Cases that differ in op and body only."""
     return [Case(name, *case, **common) for name, case in zip(names.split(), cases, strict=True)]
+
+
+def halves(y: Tensor) -> Tensor:
+    """Channels as two groups: shape (batch, 2, channels / 2, ...)."""
+    return y.view(y.shape[0], 2, CHANNELS // 2, *y.shape[2:])
 
 
 MOVES = [
@@ -159,7 +169,18 @@ MOVES = [
     ),
     Case("pixel_shuffle", lambda n, y: functional.pixel_shuffle(y, 2), "split over two axes"),
     Case("pixel_shuffle", lambda n, y: functional.pixel_unshuffle(functional.pixel_shuffle(y, 2), 2)),
-    Case("select", lambda n, y: y[:, 2:3] * y[:, 4].unsqueeze(1), "taken out by its index"),
+    Case("select", lambda n, y: y * y[:, 4].unsqueeze(1), "taken out by its index", free=7),
+    *each(
+        "unbind unbind unbind select chunk view view view",
+        (lambda n, y: torch.add(*halves(y).unbind(1)),),
+        (lambda n, y: halves(y).unbind(1)[1],),
+        (lambda n, y: torch.cat(halves(y).unbind(1)[::-1], 1),),
+        (lambda n, y: halves(y)[:, 0],),
+        (lambda n, y: torch.cat(halves(y).chunk(2, 1)[::-1], 2).squeeze(1),),
+        (lambda n, y: halves(y).mean(2),),
+        (lambda n, y: y.view(y.shape[0] * CHANNELS, -1).softmax(1).view(y.shape),),
+        (lambda n, y: halves(y).transpose(1, 2).flatten(1, 2).view(y.shape),),
+    ),
 ]
 
 POOLS_1D = (
@@ -297,6 +318,10 @@ CONTRACTIONS = [
     Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 3, groups=CHANNELS)}),
     Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, 3 * CHANNELS, 3, groups=CHANNELS)}),
     Case("conv2d", lambda n, y: functional.conv2d(y, n.w * n.gain), parts=lambda: {"w": param(5, CHANNELS, 3, 3), "gain": param(5, 1, 1, 1)}),
+    Case("view", lambda n, y: functional.conv2d(y, n.w.view(5, CHANNELS, 1, 1)), parts=lambda: {"w": param(5, CHANNELS)}),
+    Case("reshape", lambda n, y: functional.conv2d(y, n.w.mT.reshape(CHANNELS, 5).T[:, :, None, None]), parts=lambda: {"w": param(5, CHANNELS)}),
+    Case("permute", lambda n, y: functional.linear(y.permute(0, 2, 3, 1), n.w.permute(1, 0)), "", "linear", parts=lambda: {"w": param(CHANNELS, 5)}),
+    Case("conv2d", lambda n, y: functional.conv2d(y, torch.cat([n.w, n.v])), "computed from activations", parts=lambda: {"w": param(2, CHANNELS, 1, 1), "v": param(3, CHANNELS, 1, 1)}),
     Case("conv2d", lambda n, y: functional.conv2d(y, pooled(y)[:1].expand(4, -1, -1, -1)), "computed from activations"),
     *each(
         "conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -323,9 +348,9 @@ JOINS = [
         (lambda n, y: torch.concat([y, n.conv(y)], 1),),
         (lambda n, y: torch.concatenate([y, n.conv(y)], 1),),
         (lambda n, y: torch.cat([y, n.conv(y)], 2),),
-        (lambda n, y: torch.cat([n.token.expand(y.shape[0], -1, -1, -1), y], 2),),
+        (lambda n, y: torch.cat([n.token.expand(y.shape[0], -1, -1, 6), y], 2),),
         (lambda n, y: torch.cat([y.flatten(1), n.conv(y).flatten(1)], 1), "", "linear"),
-        parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), "token": param(1, CHANNELS, 1, 6)},
+        parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), "token": param(1, CHANNELS, 1, 1)},
     ),
     *each(
         "stack hstack vstack",
@@ -334,14 +359,14 @@ JOINS = [
         (lambda n, y: torch.vstack([y, y.relu()]),),
         pinned="of channels",
     ),
-    Case("cat", lambda n, y: torch.cat([y.flatten(2), y.flatten(2).mT.expand(-1, -1, 36).mT[:, :, :0]], 2) if False else torch.cat([y[:, :, :, :1].permute(0, 2, 1, 3), y[:, :6, :, :1].mT.permute(0, 2, 3, 1)[:, :, :, :1].expand(-1, -1, CHANNELS, -1)[:, :6]], 3), "two axes"),
+    Case("cat", lambda n, y: torch.cat([y, y.transpose(1, 2)], 1), "two axes of channels", size=8),
     *each(
         "constant_pad_nd pad pad pad pad",
         (lambda n, y: aten.constant_pad_nd(y, [0, 0, 0, 0, 1, 2]),),
         (lambda n, y: functional.pad(y, (0, 0, 1, 1, 1, 2), value=2.0) + n.conv(functional.pad(y, (0, 0, 1, 1))),),
         (lambda n, y: functional.pad(y, (0, 0, 0, 0, -1, -2)), "padding of channels"),
         (lambda n, y: functional.pad(y, (1, 1, 1, 1), mode="reflect"),),
-        (lambda n, y: functional.pad(y.flatten(2).mT, (1, 1), mode="circular").mT, "pads the channels"),
+        (lambda n, y: functional.pad(y.flatten(2).mT, (1, 1), mode="circular").mT, "padding copies channels"),
         parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS + 3, 1)},
     ),
     *each(
@@ -351,6 +376,9 @@ JOINS = [
         (lambda n, y: y[:, [5, 1, 6, 3]],),
         parts=lambda: {"order": torch.tensor([3, 1, 6, 0])},
     ),
+    Case("index", lambda n, y: y[:, :, [4, 1, 0]]),
+    Case("index", lambda n, y: y[:, [[0], [1], [2]], [0, 3, 5]], "together with another axis"),
+    Case("roll", lambda n, y: y.roll((1, 2), (1, 2)), "together with another axis"),
     Case("index", lambda n, y: y[:, :, pooled(y)[:, 0, 0, 0].argsort() % 2], "has no pruning rule"),
     *each(
         "new_zeros new_ones new_full new_empty",
@@ -378,11 +406,12 @@ POINTWISE = [
     Case("where", lambda n, y: torch.where(y > 0, y, n.conv(y)), parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 1)}),
     Case("where", lambda n, y: torch.where(y > 0, y, 0.5)),
     Case("masked_fill", lambda n, y: y.masked_fill(y > 0.2, 0.3)),
-    Case("to", lambda n, y: y.to(torch.float16).to(y.dtype) if False else y.double().to(y.dtype)),
+    Case("to", lambda n, y: y.half().float() + y.double()),
     Case("dropout", lambda n, y: functional.dropout(y, training=n.training)),
-    Case("add", lambda n, y: y + y[:, :1], "one channel is taken out"),
-    Case("add", lambda n, y: y + n.constant, "stay", parts=lambda: {"constant": torch.arange(CHANNELS).reshape(CHANNELS, 1, 1)}),
-    Case("mul", lambda n, y: pooled(y).flatten(1).unsqueeze(2) * pooled(y).flatten(1).unsqueeze(1), "split over two axes"),
+    Case("add", lambda n, y: y + y[:, :1], "one channel is taken out", free=7),
+    Case("add", lambda n, y: y + n.steps.reshape(CHANNELS, 1, 1), parts=lambda: {"steps": torch.arange(CHANNELS)}),
+    Case("add", lambda n, y: y + torch.arange(CHANNELS).reshape(CHANNELS, 1, 1), "meets channels that stay"),
+    Case("mul", lambda n, y: pooled(y).flatten(1).unsqueeze(2) * pooled(y).flatten(1).unsqueeze(1), "broadcast over several"),
     Case("sort", lambda n, y: y.sort(2)[0], "sort has no pruning rule"),
     Case("einsum", lambda n, y: torch.einsum("bchw,oc->bohw", y, n.w), "has no pruning rule", parts=lambda: {"w": param(5, CHANNELS)}),
 ]
