@@ -6,6 +6,7 @@ unit's reading slices, surgery selects every axis by the kept units, cost counts
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from compress.errors import ModelError
-from compress.labels import Ledger, Pin, Term, Value, Writer, core, fixed, short_name, varying
+from compress.labels import Ledger, Pin, Term, Value, Writer, collapse, core, fixed, short_name, varying
 from compress.rules import MOVEMENT, find, values_in
 from compress.trace import Traced, get_tensor, placeholders
 
@@ -265,6 +266,7 @@ def _finish(ledger: Ledger, env: dict[fx.Node, Any], tensors: dict[str, Tensor])
             ledger.node = node
             ledger.pin(nodes[name], f"{short_name(node)} merges channels in another shape")
     component = _components(ledger)
+    _pin_taken_apart(ledger, env, nodes, component)
     unit_of_label = _units(ledger, component)
     axes = {key: unit_of_label[labels.start : labels.stop] for key, labels in ledger.axes.items()}
     axes = {key: units for key, units in axes.items() if (units >= 0).any()}
@@ -273,7 +275,7 @@ def _finish(ledger: Ledger, env: dict[fx.Node, Any], tensors: dict[str, Tensor])
         read[labels.reshape(-1)] = True
     reads = frozenset(key for key in axes if read[ledger.axes[key].start : ledger.axes[key].stop].any())
     units = int(unit_of_label.max(initial=-1)) + 1
-    classes, multiplicity = _classes(axes, units)
+    classes, multiplicity = _classes(axes, units, _pieces(nodes, unit_of_label))
     return ChannelMap(
         units,
         axes,
@@ -290,9 +292,47 @@ def _finish(ledger: Ledger, env: dict[fx.Node, Any], tensors: dict[str, Tensor])
     )
 
 
+def _pin_taken_apart(
+    ledger: Ledger, env: dict[fx.Node, Any], nodes: dict[str, Any], component: np.ndarray
+) -> None:
+    """Channels split over two axes stay, unless they are merged again or leave whole rows at a time."""
+    merging: set[fx.Node] = set()
+    inside: set[fx.Node] = set()
+    for node in env:
+        with contextlib.suppress(ValueError):
+            found = restored_by(node, nodes)
+            if found is not None:
+                merging.add(node)
+                step: Any = node.args[0]
+                while step is not found[0]:
+                    inside.add(step)
+                    step = step.args[0]
+    for node in env:
+        ledger.node = node
+        split = _is_split(nodes[node.name])
+        suspects = [node] if split and node not in inside else []
+        if not split and node not in merging:
+            suspects = [source for source in node.all_input_nodes if _is_split(nodes[source.name])]
+        for suspect in suspects:
+            together = torch.from_numpy(component)[core(nodes[suspect.name])]
+            if len(varying(collapse(together))) > 1:
+                ledger.pin(nodes[suspect.name], f"{short_name(node)} takes channels on two axes apart")
+
+
+def _is_split(labels: Any) -> bool:
+    return isinstance(labels, Tensor) and len(varying(labels)) > 1
+
+
+def _pieces(nodes: dict[str, Any], unit_of_label: np.ndarray) -> list[np.ndarray]:
+    """The units in each part of every split, so that no part of it is ever emptied."""
+    parts = [piece for labels in nodes.values() if isinstance(labels, list) for piece in labels]
+    units = [np.unique(unit_of_label[core(part).numpy()]) for part in parts if isinstance(part, Tensor)]
+    return [found[found >= 0] for found in units]
+
+
 def _labels_of(value: Any) -> Any:
     if isinstance(value, Value):
-        return value.labels
+        return next((layer for layer in value.layers if varying(layer)), value.labels)
     return [_labels_of(v) for v in value] if isinstance(value, list) else value
 
 
@@ -328,12 +368,16 @@ def _units(ledger: Ledger, component: np.ndarray) -> np.ndarray:
     return units
 
 
-def _classes(axes: dict[tuple[str, int], np.ndarray], units: int) -> tuple[np.ndarray, np.ndarray]:
-    """Classes of units with equal axes, and each unit's least count on an axis."""
+def _classes(
+    axes: dict[tuple[str, int], np.ndarray], units: int, pieces: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of units with equal axes (and equal pieces), and each unit's least count on an axis."""
     signature = np.zeros(units, dtype=np.uint64)
     least = np.full(units, np.iinfo(np.int64).max)
-    codes = np.random.default_rng(0).integers(1, 2**63, size=len(axes), dtype=np.uint64)
-    for code, members in zip(codes, axes.values(), strict=True):
+    codes = np.random.default_rng(0).integers(1, 2**63, size=len(axes) + len(pieces), dtype=np.uint64)
+    for code, members in zip(codes[len(axes) :], pieces, strict=True):
+        signature[members] += code
+    for code, members in zip(codes[: len(axes)], axes.values(), strict=True):
         counts = np.bincount(members[members >= 0], minlength=units)
         signature += code * counts.astype(np.uint64)
         least = np.where(counts > 0, np.minimum(least, counts), least)

@@ -184,8 +184,6 @@ def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | 
         from compress import pipeline
 
         found = pipeline.plan(loaded, folder, events=events)
-    if loaded.train is not None and loaded.train.epochs:
-        screen.warn("the config trains the model first; this plan is that of the model before training")
     if output is not None:
         write_json(output, found["plan"])
     return Answer(found, lambda screen: show_plan(screen.out, found))

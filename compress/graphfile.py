@@ -1,11 +1,13 @@
 """A graph on disk: `NAME.graph.json` (nodes, no code) and `NAME.safetensors` (weights, no pickle).
 
 Loading needs neither the model's source code nor an exporter: nodes name ATen ops, which are looked up
-in a fixed set of namespaces; anything else is refused.
+in a fixed set of namespaces; anything else is refused. fx turns a graph into Python source and runs it, so
+every name that reaches that source must be a plain name.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from pathlib import Path
@@ -20,6 +22,8 @@ from compress.trace import GraphNet, put_tensor
 
 VERSION = 1
 _NAMESPACES = ("aten", "torchvision")
+_KINDS = ("placeholder", "get_attr", "call_function", "output")
+_STRUCTURES = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 _FUNCTIONS = {
     f.__name__: f
     for f in (
@@ -61,6 +65,12 @@ def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Pa
         "frozen": [name for name, p in net.named_parameters() if not p.requires_grad],
         "nodes": [_encode_node(node) for node in net.graph.nodes],
     }
+    for key in ("in_spec", "out_spec"):
+        try:
+            _check_structure(json.loads(str(document[key]))[1])
+        except ValueError as error:
+            fix = "return tensors in tuples, lists or dicts"
+            raise ModelError(f"{error} cannot be written to a file", key, fix) from error
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
     graph_path, weights_path = (
         stem.with_name(stem.name + ".graph.json"),
@@ -100,6 +110,7 @@ def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
 def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
     if document["version"] != VERSION:
         raise ValueError(f"version {document['version']}, not {VERSION}")
+    _check_names(document, tensors)
     root = nn.Module()
     parameters, frozen = set(document["parameters"]), set(document["frozen"])
     for name in [*document["parameters"], *(n for n in tensors if n not in parameters)]:
@@ -125,8 +136,36 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
     return net
 
 
+def _check_names(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Refuse whatever could carry code into the Python source that fx makes of a graph."""
+    plain = list(document["arguments"])
+    for entry in document["nodes"]:
+        if entry["op"] not in _KINDS:
+            raise ValueError(f"node kind {entry['op']!r}")
+        if entry["op"] == "get_attr" and entry["target"] not in tensors:
+            raise ValueError(f"tensor {entry['target']!r} is not in the file of weights")
+        plain += [entry["name"], *entry["kwargs"]]
+        if entry["op"] == "placeholder":
+            plain.append(entry["target"])
+    for name in plain:
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is not a plain name")
+    for name in tensors:
+        if not name.isprintable() or set(name) & set("\"'\\"):
+            raise ValueError(f"{name!r} is not a name of a tensor")
+    for key in ("in_spec", "out_spec"):
+        _check_structure(json.loads(document[key])[1])
+
+
+def _check_structure(spec: dict[str, Any]) -> None:
+    if spec["type"] not in _STRUCTURES:
+        raise ValueError(f"a structure of type {spec['type']}")
+    for child in spec["children_spec"]:
+        _check_structure(child)
+
+
 def _encode_node(node: fx.Node) -> dict[str, Any]:
-    if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+    if node.op not in _KINDS:
         raise ModelError(
             f"{node.op} {node.target} cannot be written to a file", where=node.meta.get("source", "")
         )
@@ -162,7 +201,14 @@ def _target(entry: dict[str, Any]) -> Any:
     if namespace not in _NAMESPACES:
         raise ValueError(f"op {entry['target']} is not in {', '.join(_NAMESPACES)}")
     packet, _, overload = name.rpartition(".")
-    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    if not isinstance(found, torch._ops.OpOverload) or _opens_files(found):
+        raise ValueError(f"{entry['target']} is not an op of a network")
+    return found
+
+
+def _opens_files(op: torch._ops.OpOverload) -> bool:
+    return any(argument.name == "filename" for argument in op._schema.arguments)
 
 
 def _encode_argument(argument: Any) -> Any:

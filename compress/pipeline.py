@@ -18,15 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress import files, manifest
+from compress import files, manifest, preview
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.errors import ConfigError, Interrupted
 from compress.inspection import inspect
 from compress.manifest import StageRecord, verify
-from compress.preview import plan
 from compress.stages import STAGES
-from compress.steps import SECTIONS, STAGE_FUNCTIONS, Events, Work
+from compress.steps import SECTIONS, STAGE_FUNCTIONS, Events, Work, preflight
 
 __all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "plan", "run", "verify"]
 
@@ -63,9 +62,9 @@ def run(
     """
     place = folder / config.out
     work = Work(config, folder, place, events, should_stop, command)
+    preflight(work)
     if dry_run:
         return Outcome(0, place, {}, _walk(work, until, start, only, dry=True))
-    place.mkdir(parents=True, exist_ok=True)
     with files.lock(place):
         if fresh:
             _forget(place)
@@ -74,6 +73,18 @@ def run(
         results = files.read_json(place / "results.json") if _judged(done) else {}
     failed = _judged(done) and results["verdict"] not in ("pass", "no gates")
     return Outcome(5 if failed else 0, place, results, done)
+
+
+def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
+    """What a run would remove: on the trained model if the train stage is done, else on the model as built."""
+    work = Work(config, folder, folder / config.out, events, lambda: False)
+    preflight(work)
+    trained = work.run.exists() and manifest.is_done(work.run, "train", _key(work, "train"))
+    if not trained and config.train is not None and config.train.epochs:
+        events.warn(
+            "the model is not trained yet, so its scores mean little; compress run --until train first"
+        )
+    return preview.plan(work, work.traced("original") if trained else None)
 
 
 def _judged(done: tuple[tuple[str, str, float], ...]) -> bool:
@@ -101,9 +112,9 @@ def _walk(work: Work, until: str | None, start: str | None, only: str | None, *,
             continue
         if only and name != only:
             raise ConfigError(
-                f"stage {name} has not been run with this config",
+                f"stage {name} has not been run with this config and these --set values",
                 str(work.run),
-                f"compress run --until {name}",
+                f"run it first: compress run --until {name}, with the same ones",
             )
         stale = True
         if dry:
@@ -123,7 +134,7 @@ def _do(work: Work, name: str, key: str) -> float:
             f"stopped before stage {name}", "run", "run the same command again to go on from there"
         )
     try:
-        outputs = STAGE_FUNCTIONS[name](work)
+        made = STAGE_FUNCTIONS[name](work)
     except Interrupted:
         work.events.stage(name, "stopped")
         raise
@@ -131,14 +142,14 @@ def _do(work: Work, name: str, key: str) -> float:
     record = StageRecord(
         name,
         key,
-        manifest.facts(work.run, outputs),
+        manifest.facts(work.run, made.outputs),
         _versions(),
         started.strftime("%Y-%m-%dT%H:%M:%SZ"),
         seconds,
     )
     manifest.commit(work.run, record)
     shutil.rmtree(work.run / "checkpoints" / name, ignore_errors=True)
-    work.events.stage(name, "done", f"{seconds:.1f} s")
+    work.events.stage(name, "done", made.detail)
     return seconds
 
 

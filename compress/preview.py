@@ -4,34 +4,34 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compress.channelmap import channel_map
-from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
 from compress.importance import Taylor, magnitude, random
 from compress.inspection import build, keep_names, pinned_rows
 from compress.select import remove
-from compress.steps import Events, choices, resolve_align, target_of
+from compress.steps import Events, Work, choices, target_of
 from compress.surgery import cut
-from compress.task import Task, build_task, check
+from compress.task import Task, check
+from compress.trace import Traced
 
 
-def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
+def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
     """Score on one step's minibatches, select once, and say what would go. Nothing is written.
 
-    A run re-scores after every removal while it trains, so it will choose somewhat differently.
+    traced: the model if it is there already. A run re-scores after every removal while it trains, so it
+    will choose somewhat differently.
     """
-    traced = build(config.model, folder, config.seed)
-    task = build_task(config.data, config.model, config.seed, folder)
+    config, task = work.config, work.task
+    traced = traced or build(config.model, work.folder, config.seed)
     check(traced.net, task, config.model.input_shape)
     cmap = channel_map(traced, keep_names(traced.net, config.prune.keep))
-    where = choices(config, cmap, resolve_align(config))
+    where = choices(config, cmap, work.align)
     if config.prune.criterion == "taylor":
-        scores = _taylor(traced.net, cmap, task, config.prune.minibatches_per_step, events)
+        scores = _taylor(traced.net, cmap, task, config.prune.minibatches_per_step, work.events)
     elif config.prune.criterion == "magnitude":
         scores = magnitude(traced.net, cmap)
     else:

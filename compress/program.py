@@ -82,7 +82,7 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
 def inspect_program(path: Path) -> None:
     """Refuse (IntegrityError, exit 8) a ``.pt2`` archive that could do more than describe a graph."""
     if not path.is_file():
-        raise ConfigError("no such file", str(path))
+        raise ConfigError("no such file", str(path), "model.name is relative to the config's folder")
     try:
         with zipfile.ZipFile(path) as archive:
             check_members(archive, path)

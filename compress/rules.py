@@ -271,6 +271,8 @@ def movement(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[st
     """Run the op itself on the labels."""
     value = values_in([list(args), kwargs])[0]
     runs = [_run(node, args, kwargs, layer) for layer in value.layers]
+    if value.weight:
+        _pin_stated(ledger, node, value, args, runs)
     if isinstance(meta, Tensor):
         _single_channel(ledger, value, runs)
         return Value(tuple(collapse(run) for run in runs), meta, weight=value.weight)
@@ -293,6 +295,23 @@ def _run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], layer: Tens
     if short_name(node) in ("view", "_unsafe_view"):  # labels have strides of their own
         return moved[0].reshape(moved[1])
     return node.target(*moved, **{k: labels_or_number(v) for k, v in kwargs.items()})  # type: ignore[operator]
+
+
+def _pin_stated(
+    ledger: Ledger, node: fx.Node, value: Value, args: Sequence[Any], runs: Sequence[Any]
+) -> None:
+    """Surgery rewrites the sizes of a moved parameter along its first axis; the others keep theirs."""
+    name = short_name(node)
+    pairs = [pair for pair in zip(value.layers, runs, strict=True) if varying(pair[0])]
+    for layer, run in pairs[1:]:
+        pieces = [collapse(piece) for piece in ([run] if isinstance(run, Tensor) else run)]
+        if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to"):
+            stated = any(args[1][dim] != -1 for dim in varying(pieces[0]))
+        else:
+            whole = core(layer).numel()
+            stated = any(len(varying(piece)) != 1 or core(piece).numel() != whole for piece in pieces)
+        if stated:
+            ledger.pin(layer, f"{name} of a parameter states its size")
 
 
 def _single_channel(ledger: Ledger, value: Value, runs: Iterable[Tensor]) -> None:
@@ -703,6 +722,7 @@ def _embedding(
     ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any
 ) -> Value:
     """A look-up writes the table's columns as channels."""
+    ledger.pin_value(args[1], "one channel looks up several")
     columns = axis(args[0], 1)
     ledger.produce(columns)
     return result(along(columns, meta.dim() - 1, meta.shape), meta)

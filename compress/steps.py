@@ -22,7 +22,7 @@ from compress import config as configuration
 from compress.channelmap import ChannelMap, channel_map
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
-from compress.errors import IntegrityError
+from compress.errors import ConfigError, IntegrityError, Interrupted, TargetError, did_you_mean
 from compress.inspection import build, keep_names, pinned_rows
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
@@ -42,6 +42,14 @@ class Events(Protocol):
     def warn(self, text: str) -> None: ...
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a stage wrote (names in the run's folder), and the figure that matters most, in words."""
+
+    outputs: list[str]
+    detail: str = ""
+
+
 @dataclass
 class Work:
     """What the stages of one run share. folder: the config's; run: where the files go."""
@@ -59,8 +67,17 @@ class Work:
 
     @cached_property
     def device(self) -> torch.device:
-        name = self.config.device
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        name, found = self.config.device, torch.cuda.is_available()
+        device = torch.device(("cuda" if found else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and not found:
+            raise TargetError(
+                "there is no CUDA device", "device", "device: auto takes what is there; see compress doctor"
+            )
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise TargetError(
+                f"there is no {name}", "device", f"CUDA devices here: {torch.cuda.device_count()}"
+            )
+        return device
 
     @cached_property
     def align(self) -> int:
@@ -113,12 +130,26 @@ def _evaluation(found: Evaluation) -> dict[str, Any]:
     return {"metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong}
 
 
+def preflight(work: Work) -> None:
+    """Find out before hours of training what would stop the run after them."""
+    from deploy import runners, targets
+
+    targets.load(work.config.bench.target)
+    assert work.device
+    for kind in work.config.bench.runners:
+        if kind not in runners.KINDS:
+            raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
+        if kind.endswith("_cuda") and not torch.cuda.is_available():
+            raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
+
+
 # -- train --------------------------------------------------------------------------------------------
 
 
-def train_stage(work: Work) -> list[str]:
+def train_stage(work: Work) -> Done:
     """Build and trace the model, train it if asked, and measure it."""
     traced = build(work.config.model, work.folder, work.config.seed)
+    keep_names(traced.net, work.config.prune.keep)  # a misspelt name is told now, not after training
     check(traced.net, work.task, work.config.model.input_shape)
     history: TrainResult | None = None
     if work.config.train is not None and work.config.train.epochs:
@@ -130,7 +161,11 @@ def train_stage(work: Work) -> list[str]:
         "unreached": list(traced.unreached),
         "aliases": [list(pair) for pair in traced.aliases],
     }
-    return [*work.save(traced.net, "original"), work.write("train.json", document)]
+    return Done([*work.save(traced.net, "original"), work.write("train.json", document)], _figure(accuracy))
+
+
+def _figure(accuracy: Mapping[str, Any]) -> str:
+    return f"{accuracy['metric']} {accuracy['value']:.2%} on {accuracy['n']:,} test examples"
 
 
 def _train(
@@ -189,7 +224,7 @@ def choices(config: Config, cmap: ChannelMap, align: int) -> Space:
     return space(cmap, target_of(config), align=align, min_keep=config.prune.min_keep, per_mac=per_mac)
 
 
-def prune_stage(work: Work) -> list[str]:
+def prune_stage(work: Work) -> Done:
     """Prune to the target, cut the channels out, and prove the result equal to the masked network."""
     config = work.config
     traced = work.traced("original")
@@ -212,7 +247,7 @@ def prune_stage(work: Work) -> list[str]:
     return _write_pruned(work, cmap, where, pruned, seconds)
 
 
-def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float) -> list[str]:
+def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float) -> Done:
     dense, plan = cut(pruned.masked, cmap, pruned.keep)
     proof = verify(pruned.unmasked.cpu(), pruned.masked.cpu(), dense.cpu(), (work.example(),))
     if not proof.passed:
@@ -245,7 +280,10 @@ def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, se
     }
     outputs = [*work.save(dense, "pruned"), work.write("plan.json", plan.to_json())]
     outputs.append(_write_optimizer(work, pruned.optimizer, plan))
-    return [*outputs, work.write("prune.json", document)]
+    outputs.append(work.write("prune.json", document))
+    costs = _costs(cmap, counts)
+    macs, params = (costs[kind]["after"] / costs[kind]["before"] for kind in ("macs", "params"))
+    return Done(outputs, f"MACs {macs:.1%}, parameters {params:.1%} ({pruned.stop_reason})")
 
 
 def _costs(cmap: ChannelMap, counts: Any) -> dict[str, Any]:
@@ -278,7 +316,7 @@ def _write_optimizer(work: Work, state: Mapping[str, Mapping[str, Tensor]], plan
 # -- finetune -----------------------------------------------------------------------------------------
 
 
-def finetune_stage(work: Work) -> list[str]:
+def finetune_stage(work: Work) -> Done:
     """Train the dense network on, and save it three ways: graph and weights, and .pt2."""
     net, config = work.load("pruned"), work.config.finetune
     history: TrainResult | None = None
@@ -286,9 +324,12 @@ def finetune_stage(work: Work) -> list[str]:
         teacher = work.load("original") if config.distill is not None else None
         state = _read_optimizer(work) if config.optimizer == "sgd" and config.momentum else None
         history = _train(work, "finetune", net, config, teacher, state)
-    document = {"accuracy": work.test(net), "training": _training(history)}
+    document: dict[str, Any] = {"accuracy": work.test(net), "training": _training(history)}
+    for node in net.graph.nodes:
+        node.meta["source"] = ""  # what is handed over carries none of the model's code
     outputs = work.save(net, "dense")
-    return [*outputs, _write_program(work, net), work.write("finetune.json", document)]
+    outputs += [_write_program(work, net), work.write("finetune.json", document)]
+    return Done(outputs, _figure(document["accuracy"]))
 
 
 def _read_optimizer(work: Work) -> dict[str, dict[str, Tensor]]:
@@ -309,7 +350,7 @@ def _write_program(work: Work, net: GraphNet) -> str:
 # -- export and bench ---------------------------------------------------------------------------------
 
 
-def export_stage(work: Work) -> list[str]:
+def export_stage(work: Work) -> Done:
     """Write both networks as ONNX and compare each with PyTorch."""
     from deploy import parity, runners, to_onnx
 
@@ -334,7 +375,8 @@ def export_stage(work: Work) -> list[str]:
         "parity": rows,
         "onnx_bytes": {n: (work.run / f"{n}.onnx").stat().st_size for n in ("original", "dense")},
     }
-    return [*outputs, work.write("export.json", document)]
+    worst = max((math.inf if row["relative"] is None else row["relative"] for row in rows), default=0.0)
+    return Done([*outputs, work.write("export.json", document)], f"largest relative error {worst:.1e}")
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,7 +384,7 @@ def finite(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def bench_stage(work: Work) -> list[str]:
+def bench_stage(work: Work) -> Done:
     """Time the dense network against the original, interleaved, on every runner and batch."""
     from deploy import latency, machine, runners
 
@@ -371,7 +413,8 @@ def bench_stage(work: Work) -> list[str]:
             rows += [finite(row.as_dict()) for row in found.latency]
             ratios += [finite(asdict(ratio)) for ratio in found.speedup]
     document = {"latency": rows, "speedup": ratios, "machine": machine.describe()}
-    return [work.write("bench.json", document)]
+    detail = ", ".join(f"{r['runner']} batch {r['batch']}: {r['ratio']:.2f}x" for r in ratios)
+    return Done([work.write("bench.json", document)], detail)
 
 
 def _runner(work: Work, runners: Any, kind: str, name: str) -> Any:
@@ -381,15 +424,13 @@ def _runner(work: Work, runners: Any, kind: str, name: str) -> Any:
 
 def _stop_between(work: Work) -> None:
     if work.should_stop():
-        from compress.errors import Interrupted
-
         raise Interrupted("stopped while measuring", "bench", "run the same command again: it measures anew")
 
 
 # -- report and gate ----------------------------------------------------------------------------------
 
 
-def report_stage(work: Work) -> list[str]:
+def report_stage(work: Work) -> Done:
     """Put every stage's figures into results.json, judge the gates, and write the report."""
     from deploy import gate, report
 
@@ -400,7 +441,7 @@ def report_stage(work: Work) -> list[str]:
     pages = report.render(results)
     files.write_text(work.run / "report.html", pages.html)
     files.write_text(work.run / "report.md", pages.markdown)
-    return [work.write("results.json", results), "report.html", "report.md"]
+    return Done([work.write("results.json", results), "report.html", "report.md"], results["verdict"])
 
 
 def gather(work: Work) -> dict[str, Any]:
@@ -473,13 +514,14 @@ def _peak_rss_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def gate_stage(work: Work) -> list[str]:
+def gate_stage(work: Work) -> Done:
     """The verdict as a file of its own: what a pipeline reads."""
     results = work.read("results.json")
-    return [work.write("gate.json", {"verdict": results["verdict"], "gates": results["gates"]})]
+    document = {"verdict": results["verdict"], "gates": results["gates"]}
+    return Done([work.write("gate.json", document)], results["verdict"])
 
 
-STAGE_FUNCTIONS: dict[str, Callable[[Work], list[str]]] = {
+STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
     "train": train_stage,
     "prune": prune_stage,
     "finetune": finetune_stage,

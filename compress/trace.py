@@ -132,8 +132,7 @@ class _ParameterTree(nn.Module):
     def __init__(self, source: nn.Module, graph: fx.Graph) -> None:
         super().__init__()
         names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-        counters = [n for n, _ in source.named_buffers() if n.endswith("num_batches_tracked")]
-        for name in dict.fromkeys(names + counters):
+        for name in dict.fromkeys(names):
             put_tensor(self, name, get_tensor(source, name))
 
 

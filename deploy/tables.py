@@ -149,9 +149,9 @@ def latency(results: Mapping[str, Any]) -> Table:
         samples = len(entries(row, "samples_ms"))
         notes = (f"{samples:,}", text(row.get("threads")), str(len(entries(row, "warnings")) or "none"))
         body.append((*head, *(measured(row.get(key)) for key in keys), spread, *ends, *notes))
-    headers = ("Runner", "Batch", "Model", "min", "p50", "mean", "p90", "p95", "p99", "max", "CV")
-    headers += ("Per second", "First call", "Samples", "Threads", "Warnings")
-    return Table(headers, "crt" + "r" * 13, tuple(body))
+    times = ("min", "p50", "mean", "p90", "p95", "p99", "max", "CV")
+    rest = ("Per second", "First call", "Samples", "Threads", "Warnings")
+    return Table(("Runner", "Batch", "Model", *times, *rest), "crt" + "r" * 13, tuple(body))
 
 
 def latency_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -322,7 +322,9 @@ def _accuracy_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     if before is None or after is None:
         return [("Accuracy", NOT_MEASURED, NOT_MEASURED, "", "")]
     label = f"{_capital(metric_word(found.get('metric')))} ({text(found.get('split'))} set)"
-    body = [(label, percent(before), percent(after), points(after - before, signed=True), "")]
+    body: list[tuple[str, ...]] = [
+        (label, percent(before), percent(after), points(after - before, signed=True), "")
+    ]
     if between is not None:
         change = points(between - before, signed=True)
         body.append(("The same before fine-tuning", percent(before), percent(between), change, ""))

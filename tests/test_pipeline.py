@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,16 @@ from pathlib import Path
 import pytest
 
 from compress import config, files, manifest, pipeline
-from compress.errors import ConfigError, DataError, IntegrityError, Interrupted, LockedError, ModelError
+from compress.errors import (
+    CompressError,
+    ConfigError,
+    DataError,
+    IntegrityError,
+    Interrupted,
+    LockedError,
+    ModelError,
+)
+from deploy.errors import DeployError
 from tests.pipelines import CONFIG, Silent, start, stop_after
 
 WEIGHTS = ("dense.safetensors", "dense.onnx", "plan.json", "pruned.safetensors")
@@ -202,6 +212,70 @@ def test_tolerance_stops_at_the_last_good_point(finished: Path, tmp_path: Path) 
     assert "max_loss_increase 0" in document["stop_reason"]
     assert document["units"]["kept"] > files.read_json(finished / "run" / "prune.json")["units"]["kept"]
     assert document["verification"]["passed"]
+
+
+def test_a_pt2_file_goes_through_like_a_module(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copy(finished / "run" / "dense.pt2", tmp_path / "small.pt2")
+    outcome = start(tmp_path, ["model.name=small.pt2", "model.kwargs={}", "train=null", "finetune.epochs=1"])
+    before = files.read_json(finished / "run" / "results.json")
+    assert outcome.results["accuracy"]["before"] == before["accuracy"]["after"]
+    assert outcome.results["cost"]["macs"]["before"] == before["cost"]["macs"]["after"]
+    assert outcome.results["cost"]["macs"]["after"] < outcome.results["cost"]["macs"]["before"]
+
+
+def test_compare_sees_equal_and_different_models(finished: Path) -> None:
+    run = finished / "run"
+    quick = {"batches": [2], "repeats": 5, "seconds": 0.01, "events": Silent()}
+    same = pipeline.compare(run / "dense.pt2", run, **quick)
+    assert same["passed"]
+    assert same["b"]["path"].endswith("dense.onnx")
+    other = pipeline.compare(run / "original.onnx", run / "dense.graph.json", **quick)
+    assert not other["passed"]
+    assert other["size"]["ratio"] < 1
+    with pytest.raises(ConfigError, match="no such file"):
+        pipeline.compare(run / "nothing.onnx", run, **quick)
+
+
+def test_inspect_and_plan_say_what_would_go(finished: Path) -> None:
+    settings = config.load(finished / "compress.yaml")
+    seen = pipeline.inspect(settings.model, finished)
+    assert seen["units"] == 88
+    assert seen["pinned"][0]["reason"] == "it is an output of the model"
+    assert {row["macs_ratio"]: row["reachable"] for row in seen["ratios"]} == {
+        0.75: True,
+        0.5: True,
+        0.25: True,
+    }
+    assert max(len(row["layers"]) for row in seen["couplings"]) == 4
+    wanted = pipeline.plan(settings, finished, events=Silent())
+    assert wanted["reachable"]
+    assert wanted["macs"]["after"] <= 0.6 * wanted["macs"]["before"]
+    assert wanted["plan"]["axes"]
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "text"),
+    [
+        ("bench.target=cpu-otr", 3, "unknown target 'cpu-otr'; use cpu-ort"),
+        ("bench.runners=[onnxruntim]", 3, "unknown runner onnxruntim; did you mean onnxruntime?"),
+        ("device=cuda:7", 6, "device"),
+        ("prune.keep=[nosuch]", 3, "'nosuch' names no parameter"),
+    ],
+)
+def test_what_cannot_end_well_is_told_first(tmp_path: Path, override: str, code: int, text: str) -> None:
+    overrides = [override] if "runners" not in override else [override, "gates.runner=onnxruntim"]
+    with pytest.raises((CompressError, DeployError), match=re.escape(text)) as refused:
+        start(tmp_path, overrides)
+    assert refused.value.exit_code == code
+    assert not (tmp_path / "run" / "train.json").exists()
+
+
+def test_an_output_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("x")
+    with pytest.raises(CompressError, match="taken"):
+        start(tmp_path, ["out=taken"])
 
 
 def test_sections_cover_the_config() -> None:
