@@ -12,7 +12,8 @@ import torch
 from compress import files, graphfile
 from compress.errors import ConfigError
 from compress.program import load_program
-from compress.steps import Events, finite
+from compress.release import finite
+from compress.steps import Events
 from compress.trace import from_program, placeholders
 
 

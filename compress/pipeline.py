@@ -24,10 +24,32 @@ from compress.config import Config, section_hash
 from compress.errors import ConfigError, Interrupted
 from compress.inspection import inspect
 from compress.manifest import StageRecord, verify
+from compress.release import bench_stage, export_stage, gate_stage, report_stage
 from compress.stages import STAGES
-from compress.steps import SECTIONS, STAGE_FUNCTIONS, Events, Work, preflight
+from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_stage, train_stage
 
 __all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "plan", "run", "verify"]
+
+
+STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
+    "train": train_stage,
+    "prune": prune_stage,
+    "finetune": finetune_stage,
+    "export": export_stage,
+    "bench": bench_stage,
+    "report": report_stage,
+    "gate": gate_stage,
+}
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "train": ("model", "data", "train", "seed", "device"),
+    "prune": ("prune", "data", "seed", "device"),
+    "finetune": ("finetune", "data", "seed", "device"),
+    "export": ("export", "seed"),
+    "bench": ("bench", "seed"),
+    "report": ("gates",),
+    "gate": ("gates",),
+}
+"""Parts of the config that each stage reads; what else it depends on are the files of the stages before."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +98,7 @@ def run(
 
 
 def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
-    """What a run would remove: on the trained model if the train stage is done, else on the model as built."""
+    """What a run would remove: on the trained model if the train stage is done, else as it was built."""
     work = Work(config, folder, folder / config.out, events, lambda: False)
     preflight(work)
     trained = work.run.exists() and manifest.is_done(work.run, "train", _key(work, "train"))

@@ -279,7 +279,5 @@ def test_an_output_that_is_a_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_sections_cover_the_config() -> None:
-    from compress.steps import SECTIONS
-
-    used = {name for names in SECTIONS.values() for name in names}
+    used = {name for names in pipeline.SECTIONS.values() for name in names}
     assert used == set(config.to_dict(config.loads(CONFIG))) - {"version", "out"}

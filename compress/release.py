@@ -1,0 +1,189 @@
+"""The stages that hand over: export, bench, report, gate. They read files of the run and know deploy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from compress import config as configuration
+from compress import files, manifest
+from compress.errors import Interrupted
+from compress.steps import Done, Work
+
+# -- export and bench ---------------------------------------------------------------------------------
+
+
+def export_stage(work: Work) -> Done:
+    """Write both networks as ONNX and compare each with PyTorch."""
+    from deploy import parity, runners, to_onnx
+
+    config, rows, outputs = work.config.export, [], []
+    for done, name in enumerate(("original", "dense")):
+        work.events.progress("export", done, 2, name)
+        net, path = work.load(name), work.run / f"{name}.onnx"
+        with files.whole(path) as temporary:
+            to_onnx.export(
+                net, work.example(), temporary, opset=config.opset, metadata={"model": work.config.model.name}
+            )
+        outputs.append(path.name)
+        ours, theirs = runners.open_runner("torch", net), runners.open_runner("onnxruntime", path)
+        found = parity.compare(
+            ours.infer, theirs.infer, [work.config.model.input_shape], config.batches, config.tolerance,
+            work.config.seed,
+        )  # fmt: skip
+        theirs.close()
+        ours.close()
+        rows += [{"model": name, **finite(asdict(row))} for row in found]
+    document = {
+        "parity": rows,
+        "onnx_bytes": {n: (work.run / f"{n}.onnx").stat().st_size for n in ("original", "dense")},
+    }
+    worst = max((math.inf if row["relative"] is None else row["relative"] for row in rows), default=0.0)
+    return Done([*outputs, work.write("export.json", document)], f"largest relative error {worst:.1e}")
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with numbers JSON cannot hold as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def bench_stage(work: Work) -> Done:
+    """Time the dense network against the original, interleaved, on every runner and batch."""
+    from deploy import latency, machine, runners
+
+    config = work.config.bench
+    kinds = list(config.runners)
+    if torch.cuda.is_available() and "torch_cuda" not in kinds:
+        kinds.append("torch_cuda")
+    rows: list[Any] = []
+    ratios: list[Any] = []
+    total = len(kinds) * len(config.batches)
+    for kind in kinds:
+        for batch in config.batches:
+            place = len(ratios)
+
+            def show(done: int, of: int, place: int = place, kind: str = kind, batch: int = batch) -> None:
+                work.events.progress("bench", place + done / of, total, f"{kind}, batch {batch}")
+                _stop_between(work)
+
+            pair = {name: _runner(work, runners, kind, name) for name in ("original", "dense")}
+            found = latency.measure(
+                pair, [work.config.model.input_shape], batch, config.repeats, config.seconds,
+                seed=work.config.seed, progress=show,
+            )  # fmt: skip
+            for runner in reversed(pair.values()):
+                runner.close()
+            rows += [finite(row.as_dict()) for row in found.latency]
+            ratios += [finite(asdict(ratio)) for ratio in found.speedup]
+    document = {"latency": rows, "speedup": ratios, "machine": machine.describe()}
+    detail = ", ".join(f"{r['runner']} batch {r['batch']}: {r['ratio']:.2f}x" for r in ratios)
+    return Done([work.write("bench.json", document)], detail)
+
+
+def _runner(work: Work, runners: Any, kind: str, name: str) -> Any:
+    artifact = work.run / f"{name}.onnx" if kind.startswith("onnxruntime") else work.load(name)
+    return runners.open_runner(kind, artifact, work.config.bench.threads)
+
+
+def _stop_between(work: Work) -> None:
+    if work.should_stop():
+        raise Interrupted("stopped while measuring", "bench", "run the same command again: it measures anew")
+
+
+# -- report and gate ----------------------------------------------------------------------------------
+
+
+def report_stage(work: Work) -> Done:
+    """Put every stage's figures into results.json, judge the gates, and write the report."""
+    from deploy import gate, report
+
+    results = gather(work)
+    judged = gate.judge(results, work.config.gates.model_dump())
+    results["gates"] = [finite(asdict(g)) for g in judged]
+    results["verdict"] = gate.verdict(judged)
+    pages = report.render(results)
+    files.write_text(work.run / "report.html", pages.html)
+    files.write_text(work.run / "report.md", pages.markdown)
+    return Done([work.write("results.json", results), "report.html", "report.md"], results["verdict"])
+
+
+def gather(work: Work) -> dict[str, Any]:
+    """results.json without gates and verdict."""
+    from deploy import machine
+
+    before, pruned, after = work.read("train.json"), work.read("prune.json"), work.read("finetune.json")
+    exported, bench = work.read("export.json"), work.read("bench.json")
+    config, task = work.config, work.task
+    data = {"train": task.n_train, "validation": task.n_validation, "test": task.n_test}
+    sizes = exported["onnx_bytes"]
+    artifacts = {n: f for record in manifest.load(work.run).values() for n, f in record.outputs.items()}
+    return {
+        "schema_version": 1,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": work.command,
+        "model": {
+            "name": config.model.name,
+            "input_shape": list(config.model.input_shape),
+            "parameters": pruned["cost"]["params"]["before"],
+        },
+        "data": {"name": config.data.name, **data, "fingerprint": task.fingerprint},
+        "accuracy": _accuracy(before["accuracy"], pruned["accuracy"], after["accuracy"]),
+        "cost": {
+            **pruned["cost"],
+            "onnx_bytes": {"before": sizes["original"], "after": sizes["dense"]},
+            "peak_rss_bytes": _peak_rss_bytes(),
+        },
+        "pruning": {
+            k: v
+            for k, v in pruned.items()
+            if k not in ("cost", "layers", "pinned", "verification", "accuracy")
+        },
+        "train": before["training"],
+        "finetune": after["training"],
+        "layers": pruned["layers"],
+        "pinned": pruned["pinned"],
+        "unreached": before["unreached"],
+        "verification": pruned["verification"],
+        "parity": exported["parity"],
+        "latency": bench["latency"],
+        "speedup": bench["speedup"],
+        "provenance": {
+            "versions": machine.versions(),
+            "machine": bench["machine"],
+            "seed": config.seed,
+            "config": configuration.to_dict(config),
+            "commit": machine.commit(work.folder),
+            "artifacts": [{"path": name, **facts} for name, facts in artifacts.items()],
+        },
+    }
+
+
+def _accuracy(before: dict[str, Any], pruned: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    flips = None
+    if before["wrong"] is not None and after["wrong"] is not None:
+        old, new = set(before["wrong"]), set(after["wrong"])
+        flips = {"lost": len(new - old), "gained": len(old - new)}
+    return {
+        "metric": before["metric"], "before": before["value"], "pruned": pruned["value"],
+        "after": after["value"], "n": after["n"], "split": "test", "flips": flips,
+    }  # fmt: skip
+
+
+def _peak_rss_bytes() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gate_stage(work: Work) -> Done:
+    """The verdict as a file of its own: what a pipeline reads."""
+    results = work.read("results.json")
+    document = {"verdict": results["verdict"], "gates": results["gates"]}
+    return Done([work.write("gate.json", document)], results["verdict"])
