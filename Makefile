@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+# Two test processes, one thread each; a file's tests stay together, for they share what is slow to make.
+PARALLEL ?= -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint env clean
+.PHONY: demo test test-slow test-all lint env clean
 
 env: $(VENV)/.installed
 
@@ -19,10 +21,13 @@ demo: env
 	$(BIN)/compress run $(DEMO)/compress.yaml
 
 test: env
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 lint: env
 	$(BIN)/ruff check .
