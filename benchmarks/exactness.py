@@ -102,13 +102,21 @@ def row(name: str) -> dict[str, Any]:
     macs, params = counter.get_total_flops() / 4, sum(p.numel() for p in dense.parameters())
     counted = macs == costs.macs.total(counts) and params == costs.params.total(counts)
     return {
-        "model": name, "input": size, "units": cmap.units, "pinned_channels": sum(p.channels for p in cmap.pinned),
-        "relative_error_float32": single.relative_error, "relative_error_float64": double.relative_error,
-        "movement": single.movement, "macs_ratio": costs.ratio("macs", counts), "macs_and_params_counted": counted,
+        "model": name,
+        "input": size,
+        "units": cmap.units,
+        "pinned_channels": sum(p.channels for p in cmap.pinned),
+        "relative_error_float32": single.relative_error,
+        "relative_error_float64": double.relative_error,
+        "movement": single.movement,
+        "macs_ratio": costs.ratio("macs", counts),
+        "macs_and_params_counted": counted,
         "exact": single.passed and double.passed and counted,
-        "trace_s": clock[1] - clock[0], "label_s": clock[2] - clock[1], "surgery_s": clock[4] - clock[3],
+        "trace_s": clock[1] - clock[0],
+        "label_s": clock[2] - clock[1],
+        "surgery_s": clock[4] - clock[3],
         "label_peak_rss_growth_mib": label_mib,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

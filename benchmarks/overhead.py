@@ -57,12 +57,18 @@ def overhead(name: str, model: Any, batch: int, size: int, pairs: int) -> dict[s
             alone.append(c)
     ratios = sorted(b / a - 1 for a, b in zip(plain, scored, strict=True))
     return {
-        "model": name, "batch": batch, "input": size, "pairs": pairs,
-        "step_ms": 1000 * statistics.median(plain), "accumulate_ms": 1000 * statistics.median(alone),
-        "overhead": statistics.median(ratios), "overhead_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "model": name,
+        "batch": batch,
+        "input": size,
+        "pairs": pairs,
+        "step_ms": 1000 * statistics.median(plain),
+        "accumulate_ms": 1000 * statistics.median(alone),
+        "overhead": statistics.median(ratios),
+        "overhead_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
         "accumulate_over_step": statistics.median(alone) / statistics.median(plain),
-        "export_s": middle - started, "label_s": labelled - middle,
-    }  # fmt: skip
+        "export_s": middle - started,
+        "label_s": labelled - middle,
+    }
 
 
 def _seconds(work: Callable[[], None]) -> float:
