@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from compress import layer_rules  # noqa: F401  # importing it registers its rules
 from compress.errors import ModelError
 from compress.labels import Ledger, Pin, Term, Value, Writer, collapse, core, fixed, short_name, varying
 from compress.rules import MOVEMENT, find, values_in

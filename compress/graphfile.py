@@ -114,7 +114,7 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
     root = nn.Module()
     parameters, frozen = set(document["parameters"]), set(document["frozen"])
     for name in [*document["parameters"], *(n for n in tensors if n not in parameters)]:
-        tensor = tensors[name]
+        tensor = tensors[name].clone()  # aligned in memory: kernels round differently where it is not
         put_tensor(root, name, nn.Parameter(tensor, name not in frozen) if name in parameters else tensor)
     graph = fx.Graph()
     made: dict[str, fx.Node] = {}

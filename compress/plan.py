@@ -94,6 +94,9 @@ def from_json(document: Any, where: str = "plan.json") -> Plan:
         size = shapes[name][dim] if name in shapes and 0 <= dim < len(shapes[name]) else 0
         if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
             raise ConfigError(f"axis {dim} of {name} is not an ascending choice of {size} indices", where)
+    for name, count in groups.items():
+        if name not in shapes or not 1 <= count <= shapes[name][0]:
+            raise ConfigError(f"{count} groups do not fit {name}", where, "make the plan again")
     if stated != plan.fingerprint:
         raise ConfigError("the plan's fingerprint does not fit its shapes", where, "make the plan again")
     return plan

@@ -78,16 +78,15 @@ def select_slices(tensor: Tensor, name: str, plan: Plan) -> Tensor:
 
 
 def carry_state(state: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, dict[str, Any]]:
-    """Optimizer state by parameter name, sliced like the parameters; scalars stay as they are."""
-    return {
-        name: {
-            key: select_slices(value, name, plan)
-            if isinstance(value, Tensor) and tuple(value.shape) == plan.shapes.get(name)
-            else value
-            for key, value in entry.items()
-        }
-        for name, entry in state.items()
-    }
+    """A copy of optimizer state by parameter name, sliced like the parameters; scalars stay as they are."""
+
+    def carry(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        fits = tuple(value.shape) == plan.shapes.get(name)
+        return select_slices(value, name, plan).clone() if fits else value.clone()
+
+    return {name: {k: carry(name, v) for k, v in entry.items()} for name, entry in state.items()}
 
 
 # -- the graph ----------------------------------------------------------------------------------------
@@ -318,17 +317,28 @@ def _rewrite_moved(surgeon: _Surgeon, node: fx.Node) -> None:
     if not surgeon.changed(labels) or len(varying(labels)) != 1:
         return
     dim = varying(labels)[0]
+    if not _moves_along(node, dim, labels.dim()):
+        return
     straight = along(torch.arange(labels.shape[dim]), dim, labels.shape)
     constants = {n.name: _number(surgeon, n) for n in node.all_input_nodes if n is not source}
     positions = _replay(node, node.args, straight, constants)
-    if torch.equal(core(positions), core(straight)):
-        return  # it moves data along other axes only
     if positions.dim() != labels.dim() or vector(positions, dim) is None:
         raise ModelError(
             f"{short_name(node)} moves channels to another axis", where=node.meta.get("source", "")
         )
     if varying(positions) == [dim]:
         surgeon._gather(node, source, dim, vector(positions, dim))
+
+
+def _moves_along(node: fx.Node, dim: int, rank: int) -> bool:
+    """Whether one of the ops of `_rewrite_moved` moves data along `dim`."""
+    arguments: Any = node.args
+    name = short_name(node)
+    if name == "index":
+        return dim < len(arguments[1]) and arguments[1][dim] is not None
+    if name == "roll":
+        return dim in [d % rank for d in arguments[2]]
+    return dim == (arguments[1] % rank if name == "index_select" else 1)
 
 
 def _number(surgeon: _Surgeon, node: fx.Node) -> Any:

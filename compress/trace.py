@@ -23,6 +23,7 @@ from compress.errors import ModelError
 # Position of the flag that says "training" in each op that behaves differently in the two modes.
 TRAINING_FLAG = {
     "aten.batch_norm.default": 5,
+    "aten.instance_norm.default": 5,
     "aten.dropout.default": 2,
     "aten.dropout_.default": 2,
     "aten.feature_dropout.default": 2,
@@ -87,7 +88,11 @@ def from_program(
     """Wrap an exported program (eval mode) as a Traced model."""
     source = program.module(check_guards=False)
     graph = source.graph
-    unreached = [str(n.target) for n in graph.nodes if n.op == "get_attr" and not n.users]
+    tensors = [node for node in graph.nodes if node.op == "get_attr"]
+    for node in tensors:  # the exporter picks any name of a tied parameter: use the first
+        node.target = dict(aliases).get(str(node.target), node.target)
+    reached = {str(node.target) for node in tensors if node.users}
+    unreached = [str(node.target) for node in tensors if str(node.target) not in reached]
     for node in reversed(list(graph.nodes)):
         unused = node.op == "get_attr" or str(node.target) == "aten.sym_size.int"
         # The exporter's checks of dtype and device would forbid another precision or a GPU.

@@ -1,10 +1,11 @@
-"""What the tests of the core share: models, parameters that hide nothing, masks, and the law masked = dense."""
+"""What the tests of the core share: models, parameters that hide nothing, masks, masked = dense."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and batch norm statistic a value that shows in the output; returns the model.
 
     Zero-initialised heads, layer scales of 1e-6 and fresh statistics would make exactness tests vacuous.
+    The values depend on the seed alone, so two instances of a model become equal.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -34,8 +36,9 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.dim() == 1:
                 fresh = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_(fresh + 0.5 if name.endswith("weight") else 0.4 * fresh - 0.2)
-            elif float(parameter.abs().mean()) < 1e-3:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.dim() > 1:
+                scale = (2 * parameter.shape[0] / parameter.numel()) ** 0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
@@ -64,11 +67,16 @@ def outputs(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def counted_macs(net: nn.Module, example: Sequence[Tensor]) -> float:
-    """MACs per example by torch's FLOP counter on the meta device."""
-    metas = [x.to("meta") for x in example]
+    """MACs per example by torch's FLOP counter, which counts two per multiply-add.
+
+    On the meta device, where attention is one op, unless the graph makes tensors on a device of its own.
+    """
+    device = "meta"
+    if isinstance(net, GraphNet) and any("device" in node.kwargs for node in net.graph.nodes):
+        device = "cpu"
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(net).to("meta")(*metas)
-    return counter.get_total_flops() / 2 / metas[0].shape[0]
+        copy.deepcopy(net).to(device)(*(x.to(device) for x in example))
+    return counter.get_total_flops() / 2 / example[0].shape[0]
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -95,14 +103,22 @@ def cut_at(traced: Traced, cmap: ChannelMap, keep: np.ndarray) -> Cut:
 
 
 def assert_exact(done: Cut, *, dtypes: Sequence[torch.dtype] = (torch.float64,), moves: bool = True) -> None:
-    """Masked = dense on a batch other than the traced one, and the check is not vacuous."""
+    """Masked = dense on a batch other than the traced one, and the check is not vacuous.
+
+    In float32 the error may reach twice what rounding alone does to the masked network.
+    """
+    wide: list[Tensor] = []
     for dtype in dtypes:
         inputs = [_another_batch(x, dtype) for x in done.traced.example]
         nets = [copy.deepcopy(net).to(dtype) for net in (done.traced.net, done.masked, done.dense)]
         before, masked, dense = (outputs(net, inputs) for net in nets)
         assert [x.shape for x in masked] == [x.shape for x in dense]
         error, movement = relative_error(masked, dense), relative_error(before, masked)
-        assert error <= TOLERANCES[dtype], f"relative error {error:.1e} in {dtype}"
+        tolerance = TOLERANCES[dtype]
+        if error > tolerance and dtype == torch.float32 and wide:
+            tolerance = 2 * relative_error(wide, [x.double() for x in masked])
+        wide = masked if dtype == torch.float64 else wide
+        assert error <= tolerance, f"relative error {error:.1e} in {dtype}"
         if moves:
             assert movement >= max(MOVEMENT * error, 1e-6), f"movement {movement:.1e}, error {error:.1e}"
 
@@ -163,7 +179,7 @@ class Mlp(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (4, 8, 8, 3), activation: Callable[[], nn.Module] = nn.SiLU):
         super().__init__()
-        pairs = zip(widths, widths[1:], strict=False)
+        pairs = pairwise(widths)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairs)
         self.act = activation()
 

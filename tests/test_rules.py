@@ -2,418 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
 
 import pytest
 import torch
-from helpers import Cut, assert_costs, assert_exact, cut_at, free_units, random_keep, randomise
-from torch import Tensor, nn
-from torch.nn import functional
+from helpers import Cut, assert_costs, cut_at, free_units, outputs, random_keep
+from layer_cases import CONTRACTIONS, NORMS, REDUCTIONS, SPATIAL
+from op_cases import JOINS, MOVES, POINTWISE, Case
+from torch import Tensor, fx, nn
 
 from compress import rules
-from compress.channelmap import ChannelMap, channel_map
+from compress.channelmap import channel_map
 from compress.labels import short_name
-from compress.trace import Traced, trace
-
-aten = torch.ops.aten
-CHANNELS = 8
-Body = Callable[["Net", Tensor], Tensor]
-
-
-class Net(nn.Module):
-    """conv(3 -> 8), SiLU, the op under test, and a layer that reads its channels."""
-
-    def __init__(self, body: Body, rank: int, size: int, reader: str, parts: dict[str, Any]) -> None:
-        super().__init__()
-        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        self.first = conv[rank - 1](3, CHANNELS, 3, padding=1)
-        for name, part in parts.items():
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-        self.body = body
-        self.last: nn.Module | None = None
-        with torch.no_grad():
-            y = body(self, self.first(torch.randn(2, 3, *[size] * rank)))
-        if reader == "conv" and y.dim() > 2:
-            self.last = conv[y.dim() - 3](y.shape[1], 4, 1)
-        elif reader != "none":
-            self.last = nn.Linear(y.shape[-1], 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.body(self, functional.silu(self.first(x)))
-        return y if self.last is None else self.last(y)
-
-
-@dataclass(frozen=True)
-class Case:
-    """op: a short name that must stand in the graph. pinned: why the first layer's channels stay ("": they
-    are free). reader: conv (dimension 1), linear (the last) or none. parts: parameters and modules."""
-
-    op: str
-    body: Body
-    pinned: str = ""
-    reader: str = "conv"
-    rank: int = 2
-    parts: Callable[[], dict[str, Any]] = dict
-    size: int = 6
-    free: int = -1
-
-    @property
-    def expected(self) -> int:
-        """Removable units among the first layer's channels."""
-        return self.free if self.free >= 0 else 0 if self.pinned else CHANNELS
-
-    def traced(self) -> Traced:
-        torch.manual_seed(0)
-        net = randomise(Net(self.body, self.rank, self.size, self.reader, self.parts()))
-        return trace(net, (torch.randn(2, 3, *[self.size] * self.rank),))
-
-
-def param(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
-
-
-def pooled(y: Tensor) -> Tensor:
-    return y.mean(tuple(range(2, y.dim())), keepdim=True)
-
-
-def each(names: str, *cases: tuple[Any, ...], **common: Any) -> list[Case]:
-    """Cases that differ in op and body only."""
-    return [Case(name, *case, **common) for name, case in zip(names.split(), cases, strict=True)]
-
-
-def halves(y: Tensor) -> Tensor:
-    """Channels as two groups: shape (batch, 2, channels / 2, ...)."""
-    return y.view(y.shape[0], 2, CHANNELS // 2, *y.shape[2:])
-
-
-MOVES = [
-    *each(
-        "view _unsafe_view reshape view_as reshape_as unsqueeze unflatten permute transpose",
-        (lambda n, y: y.view(y.shape[0], CHANNELS, 36),),
-        (lambda n, y: aten._unsafe_view(y, [y.shape[0], CHANNELS, 36]),),
-        (lambda n, y: y.permute(0, 1, 3, 2).reshape(y.shape[0], CHANNELS, 36),),
-        (lambda n, y: y.flatten(2).view_as(y),),
-        (lambda n, y: y.permute(0, 1, 3, 2).flatten(2).reshape_as(y),),
-        (lambda n, y: y.unsqueeze(2),),
-        (lambda n, y: y.unflatten(2, (2, 3)),),
-        (lambda n, y: y.permute(0, 1, 3, 2),),
-        (lambda n, y: y.transpose(2, 3),),
-    ),
-    *each(
-        "flatten t mT numpy_T movedim moveaxis swapaxes swapdims permute transpose",
-        (lambda n, y: y.flatten(1),),
-        (lambda n, y: pooled(y).flatten(1).t().relu().t(),),
-        (lambda n, y: y.flatten(2).mT,),
-        (lambda n, y: aten.numpy_T(y).permute(3, 2, 1, 0).flatten(1),),
-        (lambda n, y: y.movedim(1, 3),),
-        (lambda n, y: y.moveaxis(1, 3),),
-        (lambda n, y: y.swapaxes(1, 3),),
-        (lambda n, y: y.swapdims(1, 3),),
-        (lambda n, y: y.permute(0, 2, 3, 1),),
-        (lambda n, y: y.transpose(1, 3),),
-        reader="linear",
-    ),
-    *each(
-        "flatten unflatten view",
-        (lambda n, y: y.flatten(0, 1).unflatten(0, (-1, CHANNELS)),),
-        (lambda n, y: y.flatten(1).unflatten(1, (CHANNELS, 6, 6)),),
-        (lambda n, y: y.view(-1, CHANNELS, 4, 9),),
-    ),
-    *each(
-        "squeeze squeeze expand expand_as broadcast_to repeat tile repeat_interleave roll roll flip rot90",
-        (lambda n, y: pooled(y).squeeze(),),
-        (lambda n, y: pooled(y).squeeze((1, 2, 3)),),
-        (lambda n, y: pooled(y).expand(-1, -1, 3, 3),),
-        (lambda n, y: pooled(y).expand_as(y),),
-        (lambda n, y: pooled(y).broadcast_to(y.shape),),
-        (lambda n, y: y.repeat(1, 2, 1, 1),),
-        (lambda n, y: y.tile(1, 2, 1, 1),),
-        (lambda n, y: y.repeat_interleave(2, 1),),
-        (lambda n, y: y.roll(3, 1),),
-        (lambda n, y: y.roll((1, 2), (2, 3)),),
-        (lambda n, y: y.flip(1),),
-        (lambda n, y: y.rot90(1, (2, 3)),),
-    ),
-    *each(
-        "slice slice slice select narrow index_select diagonal unbind tensor_split tensor_split",
-        (lambda n, y: y[:, 2:7],),
-        (lambda n, y: y[:, 1::2],),
-        (lambda n, y: y[:, :-3, ::2, -2:],),
-        (lambda n, y: y[:, :, 2],),
-        (lambda n, y: y.narrow(1, 2, 4),),
-        (lambda n, y: y.index_select(1, n.order), "", "conv", 2, lambda: {"order": torch.tensor([3, 1, 6])}),
-        (lambda n, y: y.diagonal(0, 2, 3),),
-        (lambda n, y: y.unbind(2)[1],),
-        (lambda n, y: torch.cat(y.tensor_split([3], 1)[::-1], 1),),
-        (lambda n, y: y.tensor_split(3, 1)[1],),
-    ),
-    *each(
-        "chunk split split_with_sizes unsafe_split unsafe_chunk pixel_unshuffle channel_shuffle",
-        (lambda n, y: torch.add(*y.chunk(2, 1)),),
-        (lambda n, y: y.split(3, 1)[1],),
-        (lambda n, y: y.split([3, 5], 1)[1],),
-        (lambda n, y: y.unsafe_split(3, 1)[1],),
-        (lambda n, y: torch.mul(*y.unsafe_chunk(2, 1)),),
-        (lambda n, y: functional.pixel_unshuffle(y, 2),),
-        (lambda n, y: functional.channel_shuffle(y, 2),),
-    ),
-    *each(
-        "chunk split_with_sizes",
-        (lambda n, y: torch.add(*y.chunk(2, 2)),),
-        (lambda n, y: y.split([2, 4], 3)[1],),
-    ),
-    Case("pixel_shuffle", lambda n, y: functional.pixel_shuffle(y, 2), "split over two axes"),
-    Case("pixel_shuffle", lambda n, y: functional.pixel_unshuffle(functional.pixel_shuffle(y, 2), 2)),
-    Case("select", lambda n, y: y * y[:, 4].unsqueeze(1), "taken out by its index", free=7),
-    *each(
-        "unbind unbind unbind select chunk view view view",
-        (lambda n, y: torch.add(*halves(y).unbind(1)),),
-        (lambda n, y: halves(y).unbind(1)[1],),
-        (lambda n, y: torch.cat(halves(y).unbind(1)[::-1], 1),),
-        (lambda n, y: halves(y)[:, 0],),
-        (lambda n, y: torch.cat(halves(y).chunk(2, 1)[::-1], 2).squeeze(1),),
-        (lambda n, y: halves(y).mean(2),),
-        (lambda n, y: y.view(y.shape[0] * CHANNELS, -1).softmax(1).view(y.shape),),
-        (lambda n, y: halves(y).transpose(1, 2).flatten(1, 2).view(y.shape),),
-    ),
-]
-
-POOLS_1D = (
-    (lambda n, y: functional.max_pool1d(y, 2),),
-    (lambda n, y: functional.avg_pool1d(y, 2),),
-    (lambda n, y: functional.adaptive_avg_pool1d(y, 2),),
-    (lambda n, y: functional.adaptive_max_pool1d(y, 2),),
-    (lambda n, y: aten.max_pool1d_with_indices(y, [2])[0],),
-    (lambda n, y: aten.reflection_pad1d(y, [1, 1]),),
-    (lambda n, y: aten.replication_pad1d(y, [1, 1]),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="linear"),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="nearest-exact"),),
-)
-POOLS_2D = (
-    (lambda n, y: functional.max_pool2d(y, 2),),
-    (lambda n, y: functional.avg_pool2d(y, 2),),
-    (lambda n, y: functional.adaptive_avg_pool2d(y, 2),),
-    (lambda n, y: functional.adaptive_max_pool2d(y, 2),),
-    (lambda n, y: aten.max_pool2d_with_indices(y, [2, 2])[0],),
-    (lambda n, y: aten.reflection_pad2d(y, [1, 1, 1, 1]),),
-    (lambda n, y: aten.replication_pad2d(y, [1, 1, 1, 1]),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="bilinear"),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="bicubic"),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="nearest-exact"),),
-    (lambda n, y: functional.interpolate(y, size=(9, 9), mode="bilinear", antialias=True),),
-    (lambda n, y: functional.interpolate(y, size=(9, 9), mode="bicubic", antialias=True),),
-)
-POOLS_3D = (
-    (lambda n, y: functional.max_pool3d(y, 2),),
-    (lambda n, y: functional.avg_pool3d(y, 2),),
-    (lambda n, y: functional.adaptive_avg_pool3d(y, 2),),
-    (lambda n, y: functional.adaptive_max_pool3d(y, 2),),
-    (lambda n, y: aten.max_pool3d_with_indices(y, [2, 2, 2])[0],),
-    (lambda n, y: aten.reflection_pad3d(y, [1] * 6),),
-    (lambda n, y: aten.replication_pad3d(y, [1] * 6),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="trilinear"),),
-    (lambda n, y: functional.interpolate(y, scale_factor=2, mode="nearest-exact"),),
-)
-SPATIAL = [
-    *each(
-        "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices "
-        "reflection_pad1d replication_pad1d upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d",
-        *POOLS_1D,
-        rank=1,
-    ),
-    *each(
-        "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices "
-        "reflection_pad2d replication_pad2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
-        "_upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
-        *POOLS_2D,
-    ),
-    *each(
-        "max_pool3d avg_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices "
-        "reflection_pad3d replication_pad3d upsample_nearest3d upsample_trilinear3d "
-        "_upsample_nearest_exact3d",
-        *POOLS_3D,
-        rank=3,
-        size=4,
-    ),
-    Case("avg_pool2d", lambda n, y: functional.avg_pool2d(y.permute(0, 2, 1, 3), 2), "over an axis of channels"),
-]
-
-REDUCTIONS = [
-    *each(
-        "mean sum amax amin prod var std logsumexp nansum linalg_vector_norm",
-        (lambda n, y: y.mean(2),),
-        (lambda n, y: y.sum((2, 3)),),
-        (lambda n, y: y.amax(2),),
-        (lambda n, y: y.amin((2, 3), keepdim=True),),
-        (lambda n, y: y.prod(3),),
-        (lambda n, y: y.var(2),),
-        (lambda n, y: y.std((2, 3), correction=0),),
-        (lambda n, y: y.logsumexp(2),),
-        (lambda n, y: y.nansum(2),),
-        (lambda n, y: functional.normalize(y, dim=2),),
-    ),
-    *each(
-        "max max min min any all argmax argmin cumsum softmax log_softmax _softmax _log_softmax glu",
-        (lambda n, y: y.max(2)[0],),
-        (lambda n, y: torch.max(y, y.roll(1, 2)),),
-        (lambda n, y: y.min(2, keepdim=True)[0],),
-        (lambda n, y: torch.min(y, y.roll(1, 2)),),
-        (lambda n, y: (y > 1).any(2) * y.mean(2),),
-        (lambda n, y: (y > 0).all(2) + y.mean(2),),
-        (lambda n, y: y.argmax(2) * y.mean(2),),
-        (lambda n, y: y.argmin(2) * y.mean(2),),
-        (lambda n, y: y.cumsum(2),),
-        (lambda n, y: y.softmax(2),),
-        (lambda n, y: y.log_softmax(3),),
-        (lambda n, y: aten._softmax(y, 2, False),),
-        (lambda n, y: aten._log_softmax(y, 2, False),),
-        (lambda n, y: functional.glu(y, 1), "runs over the channels"),
-    ),
-    *each(
-        "mean sum softmax log_softmax cumsum argmax linalg_vector_norm std max",
-        (lambda n, y: y.mean(1, keepdim=True) * n.scale,),
-        (lambda n, y: y.sum(1, keepdim=True) * n.scale,),
-        (lambda n, y: y.softmax(1),),
-        (lambda n, y: y.log_softmax(1),),
-        (lambda n, y: y.cumsum(1),),
-        (lambda n, y: y.argmax(1, keepdim=True) * n.scale,),
-        (lambda n, y: functional.normalize(y, dim=1),),
-        (lambda n, y: y.std((1, 2, 3), keepdim=True) * n.scale,),
-        (lambda n, y: y.max(1, keepdim=True)[0] * n.scale,),
-        pinned="runs over the channels",
-        parts=lambda: {"scale": param(1, 2, 1, 1)},
-    ),
-]
-
-NORMS = [
-    Case("batch_norm", lambda n, y: n.bn(y), parts=lambda: {"bn": nn.BatchNorm2d(CHANNELS)}),
-    Case("batch_norm", lambda n, y: n.bn(y), parts=lambda: {"bn": nn.BatchNorm2d(CHANNELS, affine=False)}),
-    Case("batch_norm", lambda n, y: n.bn(y.transpose(1, 2)), "normalised over", parts=lambda: {"bn": nn.BatchNorm2d(6)}),
-    Case("instance_norm", lambda n, y: n.norm(y), parts=lambda: {"norm": nn.InstanceNorm2d(CHANNELS, affine=True)}),
-    Case("prelu", lambda n, y: n.prelu(y), parts=lambda: {"prelu": nn.PReLU(CHANNELS)}),
-    Case("prelu", lambda n, y: n.prelu(y), parts=lambda: {"prelu": nn.PReLU()}),
-    Case("_prelu_kernel", lambda n, y: aten._prelu_kernel(y, n.slope), parts=lambda: {"slope": param(1, CHANNELS, 1, 1)}),
-    Case("layer_norm", lambda n, y: n.norm(y), "statistics over the channels", parts=lambda: {"norm": nn.LayerNorm((CHANNELS, 6, 6))}),
-    Case("layer_norm", lambda n, y: n.norm(y), parts=lambda: {"norm": nn.LayerNorm((6, 6))}),
-    Case("rms_norm", lambda n, y: n.norm(y.permute(0, 2, 3, 1)), "statistics over the channels", "linear", parts=lambda: {"norm": nn.RMSNorm(CHANNELS)}),
-    Case("rms_norm", lambda n, y: n.norm(y), parts=lambda: {"norm": nn.RMSNorm(6)}),
-    Case("group_norm", lambda n, y: n.norm(y), "statistics over the channels of a group", parts=lambda: {"norm": nn.GroupNorm(2, CHANNELS)}),
-]
-
-CONTRACTIONS = [
-    Case("conv1d", lambda n, y: n.conv(y), rank=1, parts=lambda: {"conv": nn.Conv1d(CHANNELS, 6, 3)}),
-    Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, 6, 3, padding="same")}),
-    Case("conv3d", lambda n, y: n.conv(y), rank=3, size=4, parts=lambda: {"conv": nn.Conv3d(CHANNELS, 6, 3)}),
-    Case("conv2d", lambda n, y: n.conv(n.conv(y).relu()), parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)}),
-    Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, 12, 3, groups=2)}),
-    Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, 4, 3, groups=4)}),
-    Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 3, groups=CHANNELS)}),
-    Case("conv2d", lambda n, y: n.conv(y), parts=lambda: {"conv": nn.Conv2d(CHANNELS, 3 * CHANNELS, 3, groups=CHANNELS)}),
-    Case("conv2d", lambda n, y: functional.conv2d(y, n.w * n.gain), parts=lambda: {"w": param(5, CHANNELS, 3, 3), "gain": param(5, 1, 1, 1)}),
-    Case("view", lambda n, y: functional.conv2d(y, n.w.view(5, CHANNELS, 1, 1)), parts=lambda: {"w": param(5, CHANNELS)}),
-    Case("reshape", lambda n, y: functional.conv2d(y, n.w.mT.reshape(CHANNELS, 5).T[:, :, None, None]), parts=lambda: {"w": param(5, CHANNELS)}),
-    Case("permute", lambda n, y: functional.linear(y.permute(0, 2, 3, 1), n.w.permute(1, 0)), "", "linear", parts=lambda: {"w": param(CHANNELS, 5)}),
-    Case("conv2d", lambda n, y: functional.conv2d(y, torch.cat([n.w, n.v])), "computed from activations", parts=lambda: {"w": param(2, CHANNELS, 1, 1), "v": param(3, CHANNELS, 1, 1)}),
-    Case("conv2d", lambda n, y: functional.conv2d(y, pooled(y)[:1].expand(4, -1, -1, -1)), "computed from activations"),
-    *each(
-        "conv_transpose1d conv_transpose2d conv_transpose3d",
-        (lambda n, y: n.conv(y), "", "conv", 1, lambda: {"conv": nn.ConvTranspose1d(CHANNELS, 6, 3, stride=2)}),
-        (lambda n, y: n.conv(y), "", "conv", 2, lambda: {"conv": nn.ConvTranspose2d(CHANNELS, 6, 3, stride=2)}),
-        (lambda n, y: n.conv(y), "", "conv", 3, lambda: {"conv": nn.ConvTranspose3d(CHANNELS, 6, 3)}),
-        size=4,
-    ),
-    Case("conv_transpose2d", lambda n, y: n.conv(y), "has no pruning rule", parts=lambda: {"conv": nn.ConvTranspose2d(CHANNELS, 6, 3, groups=2)}),
-    Case("linear", lambda n, y: n.fc(y.flatten(1)), reader="linear", parts=lambda: {"fc": nn.Linear(CHANNELS * 36, 6)}),
-    Case("linear", lambda n, y: n.fc(y), "read along two axes", parts=lambda: {"fc": nn.Linear(6, 6)}),
-    Case("matmul", lambda n, y: y.permute(0, 2, 3, 1) @ n.w, reader="linear", parts=lambda: {"w": param(CHANNELS, 6)}),
-    Case("matmul", lambda n, y: y @ y.mT, "has no pruning rule"),
-    Case("mm", lambda n, y: pooled(y).flatten(1).mm(n.w), reader="linear", parts=lambda: {"w": param(CHANNELS, 6)}),
-    Case("addmm", lambda n, y: torch.addmm(n.b, pooled(y).flatten(1), n.w), reader="linear", parts=lambda: {"w": param(CHANNELS, 6), "b": param(6)}),
-    Case("addmm", lambda n, y: torch.addmm(n.b, pooled(y).flatten(1), n.w), "has no pruning rule", reader="linear", parts=lambda: {"w": param(CHANNELS, 6), "b": param(1, 6)}),
-    Case("embedding", lambda n, y: n.table((pooled(y)[:, :, 0, 0] > 0).long()), "", "linear", parts=lambda: {"table": nn.Embedding(2, 6)}),
-]
-
-JOINS = [
-    *each(
-        "cat concat concatenate cat cat cat",
-        (lambda n, y: torch.cat([y, y.relu()], 1),),
-        (lambda n, y: torch.concat([y, n.conv(y)], 1),),
-        (lambda n, y: torch.concatenate([y, n.conv(y)], 1),),
-        (lambda n, y: torch.cat([y, n.conv(y)], 2),),
-        (lambda n, y: torch.cat([n.token.expand(y.shape[0], -1, -1, 6), y], 2),),
-        (lambda n, y: torch.cat([y.flatten(1), n.conv(y).flatten(1)], 1), "", "linear"),
-        parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), "token": param(1, CHANNELS, 1, 1)},
-    ),
-    *each(
-        "stack hstack vstack",
-        (lambda n, y: torch.stack([y, y.relu()], 2),),
-        (lambda n, y: torch.hstack([y, y.relu()]),),
-        (lambda n, y: torch.vstack([y, y.relu()]),),
-        pinned="of channels",
-    ),
-    Case("cat", lambda n, y: torch.cat([y, y.transpose(1, 2)], 1), "two axes of channels", size=8),
-    *each(
-        "constant_pad_nd pad pad pad pad",
-        (lambda n, y: aten.constant_pad_nd(y, [0, 0, 0, 0, 1, 2]),),
-        (lambda n, y: functional.pad(y, (0, 0, 1, 1, 1, 2), value=2.0) + n.conv(functional.pad(y, (0, 0, 1, 1))),),
-        (lambda n, y: functional.pad(y, (0, 0, 0, 0, -1, -2)), "padding of channels"),
-        (lambda n, y: functional.pad(y, (1, 1, 1, 1), mode="reflect"),),
-        (lambda n, y: functional.pad(y.flatten(2).mT, (1, 1), mode="circular").mT, "padding copies channels"),
-        parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS + 3, 1)},
-    ),
-    *each(
-        "index index index",
-        (lambda n, y: y[:, n.order],),
-        (lambda n, y: y[:, torch.arange(CHANNELS - 1, -1, -1)],),
-        (lambda n, y: y[:, [5, 1, 6, 3]],),
-        parts=lambda: {"order": torch.tensor([3, 1, 6, 0])},
-    ),
-    Case("index", lambda n, y: y[:, :, [4, 1, 0]]),
-    Case("index", lambda n, y: y[:, [[0], [1], [2]], [0, 3, 5]], "together with another axis"),
-    Case("roll", lambda n, y: y.roll((1, 2), (1, 2)), "together with another axis"),
-    Case("index", lambda n, y: y[:, :, pooled(y)[:, 0, 0, 0].argsort() % 2], "has no pruning rule"),
-    *each(
-        "new_zeros new_ones new_full new_empty",
-        (lambda n, y: y + y.new_zeros(6) + 1,),
-        (lambda n, y: y + y.new_ones((6, 1)),),
-        (lambda n, y: y + y.new_full((6,), 2.0),),
-        (lambda n, y: y + y.new_empty(6).fill_(1.5),),
-    ),
-    *each(
-        "zeros_like ones_like full_like empty_like",
-        (lambda n, y: y + torch.zeros_like(y),),
-        (lambda n, y: y + torch.ones_like(y),),
-        (lambda n, y: y + torch.full_like(y, 2.0),),
-        (lambda n, y: y + torch.empty_like(y).fill_(1.5),),
-        pinned="makes a constant of its shape",
-    ),
-]
-
-POINTWISE = [
-    Case("mul", lambda n, y: y * n.scale, parts=lambda: {"scale": param(CHANNELS, 1, 1)}),
-    Case("mul", lambda n, y: y * n.mask, parts=lambda: {"mask": torch.rand(1, CHANNELS, 1, 1) + 0.5}),
-    Case("add", lambda n, y: y + n.position, parts=lambda: {"position": param(1, CHANNELS, 6, 6)}),
-    Case("mul", lambda n, y: y * n.gate(y).sigmoid(), parts=lambda: {"gate": nn.Conv2d(CHANNELS, 1, 3, padding=1)}),
-    Case("mul", lambda n, y: y * n.up(n.down(pooled(y)).relu()).sigmoid(), parts=lambda: {"down": nn.Conv2d(CHANNELS, 3, 1), "up": nn.Conv2d(3, CHANNELS, 1)}),
-    Case("where", lambda n, y: torch.where(y > 0, y, n.conv(y)), parts=lambda: {"conv": nn.Conv2d(CHANNELS, CHANNELS, 1)}),
-    Case("where", lambda n, y: torch.where(y > 0, y, 0.5)),
-    Case("masked_fill", lambda n, y: y.masked_fill(y > 0.2, 0.3)),
-    Case("to", lambda n, y: y.half().float() + y.double()),
-    Case("dropout", lambda n, y: functional.dropout(y, training=n.training)),
-    Case("add", lambda n, y: y + y[:, :1], "one channel is taken out", free=7),
-    Case("add", lambda n, y: y + n.steps.reshape(CHANNELS, 1, 1), parts=lambda: {"steps": torch.arange(CHANNELS)}),
-    Case("add", lambda n, y: y + torch.arange(CHANNELS).reshape(CHANNELS, 1, 1), "meets channels that stay"),
-    Case("mul", lambda n, y: pooled(y).flatten(1).unsqueeze(2) * pooled(y).flatten(1).unsqueeze(1), "broadcast over several"),
-    Case("sort", lambda n, y: y.sort(2)[0], "sort has no pruning rule"),
-    Case("einsum", lambda n, y: torch.einsum("bchw,oc->bohw", y, n.w), "has no pruning rule", parts=lambda: {"w": param(5, CHANNELS)}),
-]
+from compress.surgery import relative_error
+from compress.trace import trace
 
 CASES = [*MOVES, *SPATIAL, *REDUCTIONS, *NORMS, *CONTRACTIONS, *JOINS, *POINTWISE]
+
+
+class Branches(nn.Module):
+    """Several cases side by side: one export for all."""
+
+    def __init__(self, cases: Sequence[Case]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(case.net() for case in cases)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [net(x) for net in self.nets]
+
+
+def _groups() -> list[tuple[Case, ...]]:
+    alike: dict[tuple[int, int], list[Case]] = {}
+    for case in CASES:
+        alike.setdefault((case.rank, case.size), []).append(case)
+    return [tuple(cases[i : i + 24]) for cases in alike.values() for i in range(0, len(cases), 24)]
+
+
+GROUPS = _groups()
+PLACES = [(group, i) for group, cases in enumerate(GROUPS) for i in range(len(cases))]
+NAMES = [f"{case.op}-{i}" for cases in GROUPS for i, case in enumerate(cases)]
+
+
+@lru_cache
+def cut_group(group: int, seed: int = 0) -> Cut:
+    """All cases of a group in one network, cut at one random mask."""
+    size, rank = GROUPS[group][0].size, GROUPS[group][0].rank
+    traced = trace(Branches(GROUPS[group]), (torch.randn(2, 3, *[size] * rank),))
+    cmap = channel_map(traced)
+    return cut_at(traced, cmap, random_keep(cmap, seed))
+
+
+@lru_cache
+def results(group: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Outputs of the original, masked and dense network in float64, per case, on a batch of 3."""
+    done = cut_group(group)
+    torch.manual_seed(3)
+    inputs = [torch.randn(3, *done.traced.example[0].shape[1:], dtype=torch.float64)]
+    nets = (copy.deepcopy(net).double() for net in (done.traced.net, done.masked, done.dense))
+    before, masked, dense = (outputs(net, inputs) for net in nets)
+    return before, masked, dense
+
+
+def upstream(node: fx.Node) -> set[fx.Node]:
+    """Every call that a node's value comes from, itself included."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        last = waiting.pop()
+        if last not in found and last.op == "call_function":
+            found.add(last)
+            waiting += last.all_input_nodes
+    return found
+
+
+@pytest.mark.parametrize(("group", "index"), PLACES, ids=NAMES)
+def test_the_op_stands_in_the_graph(group: int, index: int) -> None:
+    graph = cut_group(group).traced.net.graph
+    result = next(node for node in graph.nodes if node.op == "output").args[0][index]
+    assert GROUPS[group][index].op in {short_name(node) for node in upstream(result)}
+
+
+@pytest.mark.parametrize(("group", "index"), PLACES, ids=NAMES)
+def test_free_and_pinned_channels(group: int, index: int) -> None:
+    case, cmap = GROUPS[group][index], cut_group(group).cmap
+    weight = f"nets.{index}.first.weight"
+    assert free_units(cmap, weight) == case.expected
+    reasons = [pin for pin in cmap.pinned if weight in pin.parameters]
+    if not case.pinned:
+        assert not reasons
+        return
+    assert any(case.pinned in pin.reason for pin in reasons), reasons
+    assert all(pin.op and "_cases.py:" in pin.source for pin in reasons)
+
+
+@pytest.mark.parametrize(("group", "index"), PLACES, ids=NAMES)
+def test_masked_equals_dense(group: int, index: int) -> None:
+    before, masked, dense = (tensors[index] for tensors in results(group))
+    error, movement = relative_error([masked], [dense]), relative_error([before], [masked])
+    assert error <= 1e-12
+    if not GROUPS[group][index].pinned:
+        assert movement >= max(1000 * error, 1e-6)
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_costs_are_those_of_the_flop_counter(group: int) -> None:
+    assert_costs(cut_group(group))
+
+
+def test_every_rule_and_every_moving_op_has_a_case() -> None:
+    assert set(rules.RULES) | rules.MOVEMENT <= {case.op for case in CASES}
+
+
+def test_a_second_rule_for_an_op_is_refused() -> None:
+    with pytest.raises(ValueError, match="two rules for linear"):
+        rules.rule("linear")(rules.unknown)
