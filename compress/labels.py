@@ -22,7 +22,8 @@ class Value:
     """The labels of one tensor. layers: int64 tensors of the tensor's shape. meta: its shape and dtype.
 
     name: the parameter or buffer it is, untouched ("" otherwise). weight: it was computed from
-    parameters alone. real: the numbers themselves, for constants.
+    parameters alone. computed: by ops after which a zeroed slice need not be zero. real: the numbers
+    themselves, for constants.
     """
 
     layers: tuple[Tensor, ...]
@@ -30,6 +31,7 @@ class Value:
     name: str = ""
     weight: bool = False
     real: Tensor | None = None
+    computed: bool = False
 
     @property
     def labels(self) -> Tensor:

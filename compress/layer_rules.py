@@ -153,7 +153,7 @@ def _reduce(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
         (slice(0, 1) if keeps else 0) if d in reduced else slice(None) for d in range(value.meta.dim())
     )
     outputs = [
-        Value(tuple(layer[index] for layer in layers), m, weight=value.weight)
+        Value(tuple(layer[index] for layer in layers), m, weight=value.weight, computed=value.weight)
         for m in ([meta] if single else meta)
     ]
     return outputs[0] if single else outputs
@@ -214,14 +214,19 @@ def _dense(
         ledger.cost("linear", "", macs)
         return fixed(meta)
     columns, rows = axis(weight, dims[0]), axis(weight, dims[1])
-    _read(ledger, vector(x.labels, -1), x, columns)
+    _read(ledger, vector(x.labels, -1), x, columns, weight)
     _write(ledger, rows, bias, weight, dims[1])
     ledger.cost("linear", weight.name, macs, rows, columns)
     return result(along(rows, meta.dim() - 1, meta.shape), meta)
 
 
-def _read(ledger: Ledger, own: Tensor | None, x: Value, columns: Tensor) -> None:
-    if own is None:
+def _read(ledger: Ledger, own: Tensor | None, x: Value, columns: Tensor, weight: Value) -> None:
+    if weight.computed:
+        ledger.pin(
+            x.labels, "read by columns that are computed: zeroing their parameter would not remove them"
+        )
+        ledger.pin(columns, "its columns are computed: zeroing their parameter would not remove them")
+    elif own is None:
         ledger.pin(x.labels, "read along two axes of channels")
         ledger.pin(columns, "read along two axes of channels")
     else:
@@ -266,7 +271,7 @@ def _convolution(
         ledger.pin(x.labels, "read along two axes of channels")
         own = torch.zeros(x.meta.shape[1], dtype=torch.int64)
     if groups == 1:
-        _read(ledger, own, x, columns)
+        _read(ledger, own, x, columns, weight)
         _write(ledger, rows, bias, weight, 0)
     elif len(columns) == 1:
         assert own is not None
@@ -276,7 +281,7 @@ def _convolution(
     else:
         # The same offset leaves every group, so that the groups stay equal and the conv stays dense.
         assert own is not None
-        _read(ledger, own.reshape(groups, -1), x, columns.expand(groups, -1))
+        _read(ledger, own.reshape(groups, -1), x, columns.expand(groups, -1), weight)
         _write(ledger, rows, bias, weight, 0)
         by_group = rows.reshape(groups, -1)
         ledger.tie(by_group[:1].expand_as(by_group), by_group)
@@ -293,7 +298,7 @@ def _conv_transpose(
     if kwargs.get("groups", full[6] or 1) != 1 or not weight.weight:
         return unknown(ledger, node, args, kwargs, meta)
     columns, rows = axis(weight, 0), axis(weight, 1)
-    _read(ledger, vector(x.labels, 1), x, columns)
+    _read(ledger, vector(x.labels, 1), x, columns, weight)
     _write(ledger, rows, bias, weight, 1)
     ledger.cost(short_name(node), weight.name, multiply_adds(node, args, kwargs), rows, columns)
     return result(along(rows, 1, meta.shape), meta)

@@ -86,6 +86,11 @@ _POINTWISE_UNTAGGED = frozenset(
 )
 """Element-wise ops that PyTorch does not tag `pointwise`."""
 
+_ZERO_STAYS_ZERO = frozenset(
+    ("contiguous", "detach", "alias", "clone", "to", "_to_copy", "mul", "neg", "abs")
+)
+"""Element-wise ops of a weight after which a column that the mask has zeroed is still zero."""
+
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for ops by their short names; a second registration of a name raises."""
@@ -181,7 +186,8 @@ def pointwise(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[s
     keep_name = (
         total.name if len(values) == 1 and short_name(node) in ("contiguous", "detach", "alias") else ""
     )
-    return Value(layers, meta, name=keep_name, weight=total.weight)
+    computed = any(v.computed for v in values) or short_name(node) not in _ZERO_STAYS_ZERO
+    return Value(layers, meta, name=keep_name, weight=total.weight, computed=total.weight and computed)
 
 
 def combine(ledger: Ledger, a: Value, b: Value) -> Value:
@@ -274,9 +280,13 @@ def movement(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[st
         _pin_stated(ledger, node, value, args, runs)
     if isinstance(meta, Tensor):
         _single_channel(ledger, value, runs)
-        return Value(tuple(collapse(run) for run in runs), meta, weight=value.weight)
+        moved = tuple(collapse(run) for run in runs)
+        return Value(moved, meta, weight=value.weight, computed=value.computed)
     pieces = zip(meta, zip(*runs, strict=True), strict=True)
-    outputs = [Value(tuple(collapse(p) for p in piece), m, weight=value.weight) for m, piece in pieces]
+    outputs = [
+        Value(tuple(collapse(p) for p in piece), m, weight=value.weight, computed=value.computed)
+        for m, piece in pieces
+    ]
     for output in outputs:
         _single_channel(ledger, value, output.layers)
     return outputs

@@ -70,9 +70,17 @@ class Traced:
 def trace(model: nn.Module, example: Sequence[Tensor]) -> Traced:
     """Trace `model` on `example` (tensors whose dimension 0 is the batch).
 
-    The model's own mode is restored. Raises ModelError (exit 4) naming the source line when the
-    model cannot be exported, or when it fixes the batch size.
+    The net shares its parameters and buffers with the model, whose mode is restored. Raises ModelError
+    (exit 4) naming the source line when the model cannot be exported, or when it fixes the batch size,
+    and naming the module when a batch norm averages without momentum (the graph has no counter for it).
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            raise ModelError(
+                "a batch norm with momentum=None cannot train in a graph",
+                where=name,
+                fix="give it a number, such as 0.1",
+            )
     inputs = tuple(_batch_of_two(x) for x in example)
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs)
     with eval_mode(model), _export_errors(model):

@@ -353,3 +353,27 @@ def test_every_rewritten_op_can_be_labelled() -> None:
     from compress import rules
 
     assert set(REWRITES) <= set(rules.RULES) | rules.MOVEMENT
+
+
+class Computed(nn.Module):
+    """The second layer's weight is computed: its columns are 0.5 where the parameter is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.first(x).relu(), self.weight.sigmoid())
+
+
+def test_channels_read_by_computed_columns_stay() -> None:
+    cmap = channel_map(trace(Computed(), (torch.randn(2, 6),)))
+    assert cmap.units == 0
+    assert any("columns that are computed" in pin.reason for pin in cmap.pinned)
+
+
+def test_a_batch_norm_without_momentum_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+    with pytest.raises(ModelError, match="1: a batch norm with momentum=None"):
+        trace(model, (torch.randn(2, 4),))
