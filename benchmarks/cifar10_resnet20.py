@@ -29,11 +29,11 @@ data:
   name: benchmarks.cifar10:splits
   mean: {mean}
   std: {std}
-  batch_size: 128
+  batch_size: 64
   augment: flip_crop
   validation: 0.05
-prune: {{macs_ratio: 0.5, lr: 0.01, weight_decay: 0.0001}}
-finetune: {{epochs: 8, lr: 0.05, weight_decay: 0.0001, distill: {{alpha: 0.5, temperature: 4}}}}
+prune: {{macs_ratio: 0.5, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 30}}
+finetune: {{epochs: 16, lr: 0.03, weight_decay: 0.0001, distill: {{alpha: 0.5, temperature: 4}}, amp: bf16}}
 bench: {{batches: [1, 64], repeats: 20}}
 gates: {{accuracy_drop: 0.01, speedup: 1.5, batch: 64}}
 out: run
