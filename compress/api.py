@@ -17,12 +17,11 @@ from compress.channelmap import PinnedChannels, channel_map
 from compress.config_faults import translate
 from compress.cost import Layer, class_counts, cost_model, layers
 from compress.errors import ConfigError
-from compress.inspection import keep_names
+from compress.inspection import choices, keep_names
 from compress.loop import Step
 from compress.loop import prune as prune_loop
 from compress.plan import Plan
 from compress.schema import PruneConfig
-from compress.select import Target, space
 from compress.surgery import Verification, apply_plan, cut, verify
 from compress.task import Batch, Evaluation, Task, device_of
 from compress.trace import GraphNet, trace
@@ -75,8 +74,7 @@ def prune(
     traced = trace(subject, inputs)
     cmap = channel_map(traced, keep_names(traced.net, config.keep), in_place=in_place)
     align = 1 if config.align == "auto" else config.align
-    per_mac = config.rank == "importance_per_mac"
-    where = space(cmap, _target(config), align=align, min_keep=config.min_keep, per_mac=per_mac)
+    where = choices(config, cmap, align)
     task = _task(batches, loss, evaluate, config)
     done = prune_loop(
         traced.net, cmap, where, task, config, seed=seed, device=device_of(model), progress=progress
@@ -117,12 +115,6 @@ def _options(options: dict[str, Any]) -> PruneConfig:
         problem = translate(error, options, PruneConfig)[0]
         place = ".".join(str(part) for part in problem.path)
         raise ConfigError(problem.what, f"compress.prune({place})", problem.fix) from None
-
-
-def _target(config: PruneConfig) -> Target:
-    given = [(kind, getattr(config, f"{kind}_ratio")) for kind in ("macs", "params", "units")]
-    kind, ratio = next((kind, ratio) for kind, ratio in given if ratio is not None)
-    return Target(kind, ratio)
 
 
 def _task(

@@ -15,13 +15,13 @@ from torch import nn
 
 from compress import seeds
 from compress.channelmap import ChannelMap, channel_map
-from compress.config import ModelConfig
+from compress.config import ModelConfig, PruneConfig
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
 from compress.importance import magnitude
 from compress.models import build_model, is_program
 from compress.program import load_program
-from compress.select import Target, remove, space
+from compress.select import Space, Target, remove, space
 from compress.trace import Traced, from_program, trace
 
 DEFAULT_RATIOS = (0.75, 0.5, 0.25)
@@ -64,6 +64,14 @@ def keep_names(net: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
             )
         chosen += found
     return tuple(dict.fromkeys(chosen))
+
+
+def choices(config: PruneConfig, cmap: ChannelMap, align: int) -> Space:
+    """The widths, target and ranking that the `prune` section of a config asks for."""
+    given = [(kind, getattr(config, f"{kind}_ratio")) for kind in ("macs", "params", "units")]
+    target = next(Target(kind, ratio) for kind, ratio in given if ratio is not None)  # the schema sees to one
+    per_mac = config.rank == "importance_per_mac"
+    return space(cmap, target, align=align, min_keep=config.min_keep, per_mac=per_mac)
 
 
 def pinned_rows(cmap: ChannelMap) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ import numpy as np
 from compress.channelmap import channel_map
 from compress.cost import class_counts, cost_model, layers
 from compress.importance import Taylor, magnitude, random
-from compress.inspection import build, keep_names, pinned_rows
+from compress.inspection import build, choices, keep_names, pinned_rows
 from compress.select import remove
-from compress.steps import Events, Work, choices, target_of
+from compress.steps import Events, Work
 from compress.surgery import cut
 from compress.task import Task, check
 from compress.trace import Traced
@@ -29,7 +29,7 @@ def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
     traced = traced or build(config.model, work.folder, config.seed)
     check(traced.net, task, config.model.input_shape)
     cmap = channel_map(traced, keep_names(traced.net, config.prune.keep))
-    where = choices(config, cmap, work.align)
+    where = choices(config.prune, cmap, work.align)
     if config.prune.criterion == "taylor":
         scores = _taylor(traced.net, cmap, task, config.prune.minibatches_per_step, work.events)
     elif config.prune.criterion == "magnitude":
@@ -39,7 +39,7 @@ def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
     chosen = remove(scores, np.ones(cmap.units, dtype=bool), where)
     _, cut_plan = cut(traced.net, cmap, chosen.keep)
     model, counts = cost_model(cmap), class_counts(cmap, chosen.keep)
-    target = target_of(config)
+    target = where.target
     floor = np.array([level[0] for level in where.levels])
     return {
         "target": {"kind": f"{target.kind}_ratio", "value": target.ratio},

@@ -22,10 +22,10 @@ from compress.channelmap import ChannelMap, channel_map
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, IntegrityError, TargetError, did_you_mean
-from compress.inspection import build, keep_names, pinned_rows
+from compress.inspection import build, choices, keep_names, pinned_rows
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
-from compress.select import Space, Target, space
+from compress.select import Space
 from compress.surgery import cut, verify
 from compress.task import Evaluation, Task, build_task, check
 from compress.trace import GraphNet, Traced
@@ -208,27 +208,12 @@ def _training(result: TrainResult | None) -> dict[str, Any] | None:
 # -- prune --------------------------------------------------------------------------------------------
 
 
-def target_of(config: Config) -> Target:
-    """The one ratio that the config gives."""
-    for kind in ("macs", "params", "units"):
-        ratio = getattr(config.prune, f"{kind}_ratio")
-        if ratio is not None:
-            return Target(kind, ratio)
-    raise AssertionError("the schema always gives one ratio")
-
-
-def choices(config: Config, cmap: ChannelMap, align: int) -> Space:
-    """The widths, target and ranking that the config asks for."""
-    per_mac = config.prune.rank == "importance_per_mac"
-    return space(cmap, target_of(config), align=align, min_keep=config.prune.min_keep, per_mac=per_mac)
-
-
 def prune_stage(work: Work) -> Done:
     """Prune to the target, cut the channels out, and prove the result equal to the masked network."""
     config = work.config
     traced = work.traced("original")
     cmap = channel_map(traced, keep_names(traced.net, config.prune.keep))
-    where = choices(config, cmap, work.align)
+    where = choices(config.prune, cmap, work.align)
     started = datetime.now(UTC)
 
     def show(step: Step, target: float) -> None:
