@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from compress import graphfile
-from compress.channelmap import PinnedChannels, channel_map
+from compress.channelmap import ChannelMap, PinnedChannels
 from compress.config_faults import translate
 from compress.cost import Layer, class_counts, cost_model, layers
-from compress.errors import ConfigError
-from compress.inspection import choices, keep_names
-from compress.loop import Step
+from compress.errors import ConfigError, ModelError
+from compress.inspection import choices, inexact_because, keep_names, labelled
+from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
+from compress.models import refuse_pickled
+from compress.names import first_line
+from compress.parts import Whole, arguments, trace_parts
 from compress.plan import Plan
+from compress.program import load_program
+from compress.proof import Verification, verify
 from compress.schema import PruneConfig
-from compress.surgery import Verification, apply_plan, cut, verify
+from compress.screen import check_module, unwrapped
+from compress.surgery import apply_plan, cut
 from compress.task import Batch, Evaluation, Task, device_of
-from compress.trace import GraphNet, trace
+from compress.trace import GraphNet, Traced, eval_mode, from_program
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a pruning did. macs and params: (before, after); one multiply-add is one MAC."""
+    """What a pruning did. macs and params: (before, after), of the part where there is one; one
+    multiply-add is one MAC. whole: the proof for the model around the part, None where all of it is pruned.
+    """
 
     plan: Plan
     reached: bool
@@ -41,14 +50,16 @@ class Result:
     pinned: tuple[PinnedChannels, ...]
     unreached: tuple[str, ...]
     verification: Verification
+    whole: Verification | None = None
 
 
 def prune(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
+    part: str | Sequence[str] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     in_place: bool = False,
     seed: int = 0,
@@ -57,54 +68,77 @@ def prune(
 ) -> tuple[nn.Module, Result]:
     """Prune a trained model by first-order Taylor importance while it trains on.
 
-    example_inputs: tensors whose dimension 0 is the batch. batches: an iterable that can be gone through
+    example_inputs: what the model is called with, a tensor, a tuple of arguments or a dict of keyword
+    arguments; dimension 0 of tensors is the batch. batches: an iterable that can be gone through
     again and has a length (a list, a DataLoader), or a function of the epoch (from 1) that gives one.
     loss: any callable of (model, batch) that gives a scalar, so that generators and policies can be
-    pruned too. evaluate: larger is better; needed for `max_accuracy_drop`. options: the keys of the
-    config's `prune` section, with the same defaults (macs_ratio=0.5, criterion="taylor", lr=0.001, ...);
-    align is 1 unless given.
+    pruned too. evaluate: larger is better; it gets the model in eval mode; needed for
+    `max_accuracy_drop`. options: the keys of the config's `prune` section, with the same defaults
+    (macs_ratio=0.5, criterion="taylor", lr=0.001, ...); align is 1 unless given.
 
-    Returns the dense model and a Result. The dense model is a new graph with the same parameter names;
-    the given model is left as it was. With in_place=True it is the given model itself, trained and
-    sliced, without the channels whose number its Python code fixes. Raises CompressError.
+    part: the dotted path of a submodule, or several: only those are traced, pruned and trained, on what
+    they get when the model runs on the example. loss and evaluate get the whole model. What the
+    part takes and returns keeps its shape.
+
+    Returns the dense model and a Result. The dense model is a new graph with the same parameter names,
+    or, with `part`, a copy of the model with the graph in the part's place; the given model is left as it
+    was. With in_place=True it is the given model itself, trained and sliced, without the channels whose
+    number its Python code fixes. Raises CompressError.
     """
     config = _options(options)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    subject = model if in_place else copy.deepcopy(model)
-    traced = trace(subject, inputs)
-    cmap = channel_map(traced, keep_names(traced.net, config.keep), in_place=in_place)
-    align = 1 if config.align == "auto" else config.align
-    where = choices(config, cmap, align)
-    task = _task(batches, loss, evaluate, config)
-    done = prune_loop(
-        traced.net, cmap, where, task, config, seed=seed, device=device_of(model), progress=progress
-    )
+    check_module(model)
+    own, example = unwrapped(model), arguments(example_inputs)
+    _check_trainable(own)
+    subject = own if in_place else _copied(own)
+    parts = trace_parts(subject, [""] if part is None else [part] if isinstance(part, str) else part, example)
+    kept = (*keep_names(parts.traced.net, config.keep), *parts.shared)
+    traced, cmap = labelled(parts.traced, kept, config, in_place=in_place)
+    _check_prunable(cmap)
+    where = choices(config, cmap, 1 if config.align == "auto" else config.align)
+    whole = Whole(subject, replace(parts, traced=traced), example)
+    task = _task(batches, loss, evaluate, config, whole)
+    device = device_of(subject)
+    with whole:
+        done = prune_loop(traced.net, cmap, where, task, config, seed=seed, device=device, progress=progress)
     dense, plan = cut(done.masked, cmap, done.keep)
-    proof = verify(done.unmasked, done.masked, dense, traced.example)
-    costs, counts = cost_model(cmap), class_counts(cmap, done.keep)
-    result = Result(
-        plan,
-        done.reached,
-        done.stop_reason,
-        (round(costs.macs.total(costs.full)), round(costs.macs.total(counts))),
-        (round(costs.params.total(costs.full)), round(costs.params.total(counts))),
-        done.history,
-        layers(cmap, done.keep),
-        cmap.pinned,
-        traced.unreached,
-        proof,
-    )
-    return (apply_plan(plan, subject) if in_place else dense), result
+    inexact = inexact_because(cmap)
+    proof = verify(done.unmasked, done.masked, dense, traced.example, inexact=inexact)
+    around = whole.proof(done.unmasked, done.masked, dense, inexact) if part is not None else None
+    result = _result(done, cmap, plan, traced, proof, around)
+    if not in_place:
+        return whole.built(dense), result
+    apply_plan(plan, subject)
+    return model, result
 
 
-def save(net: GraphNet, path: str | Path, example_inputs: Tensor | Sequence[Tensor]) -> None:
-    """Write a dense graph as `path`.graph.json and `path`.safetensors: no code, no pickle."""
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    graphfile.save(net, Path(path), [list(x.shape[1:]) for x in inputs])
+def save(
+    net: nn.Module, path: str | Path, example_inputs: Tensor | Sequence[Any] | Mapping[str, Any]
+) -> None:
+    """Write a dense graph as `path`.graph.json and `path`.safetensors, or as one file where `path` ends in
+    .pt2 (for torch.export): no code of the model's, no pickle.
+
+    Raises ModelError (exit 4) for what is not a graph, and for graphs that take, return or call what another
+    process does not have: classes of yours, operators of yours.
+    """
+    if not isinstance(net, GraphNet):
+        fix = "save the graph in it, such as model.backbone; or its state_dict() and the plan's to_json()"
+        raise ModelError(f"a {type(net).__name__} is not a graph", "compress.save", fix)
+    args, kwargs = arguments(example_inputs)
+    if Path(path).suffix == ".pt2":
+        graphfile.save_program(net, args, kwargs, Path(path))
+        return
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    graphfile.save(net, Path(path), [list(x.shape[1:]) for x in tensors])
 
 
 def load(path: str | Path) -> GraphNet:
-    """Read what `save` or a run wrote (`path` without its endings); the model's source is not needed."""
+    """Read what `save` or a run wrote (`path` without its endings, or a .pt2); needs no source of the model.
+
+    Raises ModelError (exit 4) for pickled and TorchScript models, which are code.
+    """
+    refuse_pickled(str(path), "compress.load")
+    if Path(path).suffix == ".pt2":
+        return from_program(load_program(Path(path)), ()).net
     return graphfile.load(Path(path))[0]
 
 
@@ -117,11 +151,68 @@ def _options(options: dict[str, Any]) -> PruneConfig:
         raise ConfigError(problem.what, f"compress.prune({place})", problem.fix) from None
 
 
+def _result(
+    done: Pruned,
+    cmap: ChannelMap,
+    plan: Plan,
+    traced: Traced,
+    proof: Verification,
+    whole: Verification | None,
+) -> Result:
+    costs, counts = cost_model(cmap), class_counts(cmap, done.keep)
+    macs, params = (
+        (round(cost.total(costs.full)), round(cost.total(counts))) for cost in (costs.macs, costs.params)
+    )
+    return Result(
+        plan,
+        done.reached,
+        done.stop_reason,
+        macs,
+        params,
+        done.history,
+        layers(cmap, done.keep),
+        cmap.pinned,
+        traced.unreached,
+        proof,
+        whole,
+    )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ModelError("the model has no parameters", type(model).__name__, "there is nothing to prune")
+    name, first = next(iter(parameters.items()))
+    if first.is_meta:
+        what = "is on the meta device and holds no numbers"
+        raise ModelError(what, name, "load the weights first: model.to_empty(device=...), load_state_dict")
+    if not any(p.requires_grad for p in parameters.values()):
+        what = "no parameter of the model requires gradients, so nothing can be ranked or trained"
+        raise ModelError(what, type(model).__name__, "call model.requires_grad_(True)")
+
+
+def _check_prunable(cmap: ChannelMap) -> None:
+    """Where nothing can leave, say what holds the most channels, and where."""
+    if cmap.units == 0 and cmap.pinned:
+        most = max(cmap.pinned, key=lambda pin: pin.channels)
+        what = f"the model has no prunable channel; of most, {most.channels}, this is why: {most.reason}"
+        raise ModelError(what, most.source, "prune another part of the model, or rewrite that line")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever the model's own __deepcopy__, or torch, makes of it
+        fix = "prune it with in_place=True; with weight_norm, use nn.utils.parametrizations.weight_norm"
+        raise ModelError(f"cannot be copied: {first_line(error)[:80]}", type(model).__name__, fix) from error
+
+
 def _task(
     batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
     loss: Callable[[nn.Module, Batch], Tensor],
     evaluate: Callable[[nn.Module], float] | None,
     config: PruneConfig,
+    whole: Whole,
 ) -> Task:
     source = batches if callable(batches) else lambda epoch: batches
     first = source(1)
@@ -137,8 +228,14 @@ def _task(
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
         return islice(iter(source(epoch)), start, None)
 
-    def measure(model: nn.Module, split: str) -> Evaluation:
-        value = evaluate(model) if evaluate is not None else float("nan")
-        return Evaluation("value", value, float("nan"), 0)
+    def lost(net: nn.Module, batch: Batch) -> Tensor:
+        with whole.graph_errors():
+            return loss(whole.fitted(net), batch)
 
-    return Task(loss, train_batches, len(first), measure, 0, 0, 0, name="compress.prune")
+    def measure(net: nn.Module, split: str) -> Evaluation:
+        if evaluate is None:
+            return Evaluation("value", float("nan"), float("nan"), 0)
+        with eval_mode(net):
+            return Evaluation("value", evaluate(whole.fitted(net)), float("nan"), 0)
+
+    return Task(lost, train_batches, len(first), measure, 0, 0, 0, name="compress.prune")

@@ -140,18 +140,18 @@ def inspect(
     """
     from compress.show import show_inspect
 
-    keep: tuple[str, ...] = ()
+    prune = None
     if subject.endswith(CONFIG_ENDINGS):
         if input_shape or weights or classes:
             raise click.UsageError("--input-shape, --weights and --classes go with a MODEL, not a config")
         config, folder = _load(subject)
-        model, keep = config.model, tuple(config.prune.keep)
+        model, prune = config.model, config.prune
     else:
         model, folder = _named_model(subject, input_shape, weights, classes), Path()
     with screen.events("loading torch and the model"):
         from compress import pipeline
 
-        found = pipeline.inspect(model, folder, keep=keep)
+        found = pipeline.inspect(model, folder, prune=prune)
     return Answer(found, lambda screen: show_inspect(screen.out, found))
 
 

@@ -30,6 +30,12 @@ class Products:
         value: np.ndarray = self.factor * (self.base + self.weight @ counts).prod(axis=1)
         return value
 
+    def narrowed(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
+        """The sum after narrowing one class at a time by `by` (classes,); shape (classes,)."""
+        widths = (self.base + self.weight @ counts)[..., None] - self.weight * by
+        value: np.ndarray = self.factor @ widths.prod(axis=1)
+        return value
+
     def total(self, counts: np.ndarray) -> float:
         """The sum at class counts (classes,)."""
         return float(self.terms(counts).sum())
@@ -49,6 +55,13 @@ class CostModel:
             return float(counts.sum() / max(self.full.sum(), 1))
         products = self.macs if kind == "macs" else self.params
         return products.total(counts) / max(products.total(self.full), 1.0)
+
+    def ratios(self, kind: str, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
+        """`ratio` after narrowing one class at a time by `by`; shape (classes,)."""
+        if kind == "units":
+            return np.asarray((counts.sum() - by) / max(self.full.sum(), 1))
+        products = self.macs if kind == "macs" else self.params
+        return products.narrowed(counts, by) / max(products.total(self.full), 1.0)
 
 
 @dataclass(frozen=True)

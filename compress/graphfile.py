@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import operator
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from compress import files
 from compress.errors import IntegrityError, ModelError
@@ -49,28 +51,17 @@ def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Pa
     """
     from safetensors.torch import save_file
 
-    codegen = net.graph._codegen
-    if not isinstance(codegen, fx.graph._PyTreeCodeGen):
-        raise ModelError("the graph has no input structure", fix="trace the model with compress.trace")
-    info = codegen.pytree_info
-    assert info.in_spec is not None
-    assert info.out_spec is not None
+    info = _structure(net)
     document = {
         "version": VERSION,
         "inputs": example_shapes,
         "arguments": list(info.orig_args),
-        "in_spec": torch.utils._pytree.treespec_dumps(info.in_spec),
-        "out_spec": torch.utils._pytree.treespec_dumps(info.out_spec),
+        "in_spec": _dumps(info.in_spec, "takes"),
+        "out_spec": _dumps(info.out_spec, "returns"),
         "parameters": [name for name, _ in net.named_parameters()],
         "frozen": [name for name, p in net.named_parameters() if not p.requires_grad],
         "nodes": [_encode_node(node) for node in net.graph.nodes],
     }
-    for key in ("in_spec", "out_spec"):
-        try:
-            _check_structure(json.loads(str(document[key]))[1])
-        except ValueError as error:
-            fix = "return tensors in tuples, lists or dicts"
-            raise ModelError(f"{error} cannot be written to a file", key, fix) from error
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
     graph_path, weights_path = (
         stem.with_name(stem.name + ".graph.json"),
@@ -80,6 +71,32 @@ def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Pa
         save_file(tensors, str(temporary))
     files.write_json(graph_path, document)
     return graph_path, weights_path
+
+
+def save_program(net: GraphNet, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> Path:
+    """Write `path`, a .pt2 with a dynamic batch for those who serve with torch.export; whole or not at all.
+
+    args, kwargs: what the network is called with; dimension 0 of tensors is the batch, of 2 or more.
+    """
+    info = _structure(net)
+    for spec, verb in ((info.in_spec, "takes"), (info.out_spec, "returns")):
+        assert spec is not None
+        _dumps(spec, verb)
+    batch: Any = pytree.tree_map(
+        lambda x: {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) else None, (args, kwargs)
+    )
+    shapes = dict(zip(info.orig_args, (*batch[0], *batch[1].values()), strict=True))
+    program = torch.export.export(net.eval(), args, kwargs, dynamic_shapes=shapes)
+    with files.whole(path) as temporary, temporary.open("wb") as stream:
+        torch.export.save(program, stream)
+    return path
+
+
+def _structure(net: GraphNet) -> Any:
+    codegen = net.graph._codegen
+    if not isinstance(codegen, fx.graph._PyTreeCodeGen):
+        raise ModelError("the graph has no input structure", fix="trace the model with compress.trace")
+    return codegen.pytree_info
 
 
 def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
@@ -128,7 +145,7 @@ def _decode(document: dict[str, Any], tensors: dict[str, Tensor]) -> GraphNet:
         )
         node.meta = {"module": entry["module"], "source": entry["source"], "switch": entry["switch"]}
         made[entry["name"]] = node
-    specs = (torch.utils._pytree.treespec_loads(document[key]) for key in ("in_spec", "out_spec"))
+    specs = (pytree.treespec_loads(document[key]) for key in ("in_spec", "out_spec"))
     graph._codegen = fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(document["arguments"], *specs))
     graph.lint()
     net = GraphNet(root, graph)
@@ -155,6 +172,31 @@ def _check_names(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{name!r} is not a name of a tensor")
     for key in ("in_spec", "out_spec"):
         _check_structure(json.loads(document[key])[1])
+    keywords = json.loads(document["in_spec"])[1]["children_spec"][
+        1
+    ]  # of (args, kwargs); fx writes them down
+    for name in json.loads(keywords["context"]):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"{name!r} is not a plain name")
+
+
+def _dumps(spec: pytree.TreeSpec, verb: str) -> str:
+    """A structure as JSON. Raises ModelError for classes that a process without their source cannot make."""
+    try:
+        text = pytree.treespec_dumps(spec)
+        _check_structure(json.loads(text)[1])
+    except (NotImplementedError, ValueError) as error:
+        what = f"the network {verb} {_first_class(spec)}, which cannot be written to a file without its code"
+        raise ModelError(what, fix="use tuples, lists or dicts there") from error
+    return text
+
+
+def _first_class(spec: pytree.TreeSpec) -> str:
+    """The name of the first type in a structure that is not a plain container."""
+    plain = (None, tuple, list, dict, OrderedDict)
+    found = [spec.context if spec.type is namedtuple else spec.type] if spec.type not in plain else []
+    names = [kind.__name__ for kind in found] + [_first_class(child) for child in spec.children()]
+    return next(filter(None, names), "")
 
 
 def _check_structure(spec: dict[str, Any]) -> None:

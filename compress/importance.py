@@ -60,10 +60,12 @@ def _zeros(net: nn.Module, cmap: ChannelMap) -> Tensor:
 
 
 def _sums(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """sum(a * b) over every dimension but `dim`, (size of dim,).
+    """sum(a * b) over every dimension but `dim`, (size of dim,); of complex numbers, Re(a * conj(b)).
 
     In blocks of rows that fit the processor's cache: the product never goes to memory.
     """
+    if a.is_complex():  # dL/dz of a real gate: torch's gradients are dL/dRe + i dL/dIm
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     if a.dim() == 1:
         return a * b
     others = [d for d in range(a.dim()) if d != dim]

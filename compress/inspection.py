@@ -7,22 +7,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress import seeds
 from compress.channelmap import ChannelMap, channel_map
 from compress.config import ModelConfig, PruneConfig
 from compress.cost import class_counts, cost_model, layers
-from compress.errors import ConfigError, ModelError
+from compress.errors import ConfigError, ModelError, did_you_mean
+from compress.gates import with_gates
 from compress.importance import magnitude
+from compress.labels import Granularity, short_name
 from compress.models import build_model, is_program
 from compress.program import load_program
 from compress.select import Space, Target, remove, space
-from compress.trace import Traced, from_program, trace
+from compress.trace import GraphNet, Traced, from_program, get_tensor, trace
 
 DEFAULT_RATIOS = (0.75, 0.5, 0.25)
 
@@ -31,7 +33,7 @@ def build(config: ModelConfig, folder: Path, seed: int = 0) -> Traced:
     """Build the model that the config names, and trace it."""
     example = torch.randn((2, *config.input_shape), generator=seeds.generator(seed, "example"))
     if not is_program(config.name):
-        return trace(build_model(config, folder, seed=seed), (example,))
+        return _traced(build_model(config, folder, seed=seed), example, config)
     program = load_program(folder / config.name)
     traced = from_program(program, (example,))
     try:
@@ -45,6 +47,31 @@ def build(config: ModelConfig, folder: Path, seed: int = 0) -> Traced:
             "check model.input_shape; export it with a dynamic batch",
         ) from error
     return traced
+
+
+def _traced(model: nn.Module, example: Tensor, config: ModelConfig) -> Traced:
+    try:
+        return trace(model, (example,))
+    except ModelError as error:
+        if config.part is None:
+            raise
+        what = f"a run takes a part of models that can be traced whole, and here {error.what}"
+        fix = "in Python compress.prune(model, ..., part=...) prunes a part of any model"
+        raise ModelError(what, error.where or "model.part", fix) from error
+
+
+def kept_names(net: nn.Module, config: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Parameters that must stay: those of `keep_names`, and all outside `model.part`."""
+    kept, part = keep_names(net, patterns), config.part
+    if part is None:
+        return kept
+    names = [name for name, _ in net.named_parameters()]
+    outside = [name for name in names if not name.startswith(part + ".")]
+    if len(outside) == len(names):
+        modules = {name for name, _ in net.named_modules()} - {""}
+        what = f"{part!r} names no module of the model that has parameters"
+        raise ConfigError(what, "model.part", did_you_mean(part, modules))
+    return tuple(dict.fromkeys((*kept, *outside)))
 
 
 def keep_names(net: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -66,6 +93,36 @@ def keep_names(net: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
+def labelled(
+    traced: Traced, keep: Sequence[str], config: PruneConfig, *, in_place: bool = False
+) -> tuple[Traced, ChannelMap]:
+    """The traced model, with gates where they are needed, and its units as the `prune` section wants them.
+
+    grouped_convs "auto" takes what gives more units: whole groups, or the same offset of every group.
+    """
+    if config.attention == "dims":
+        traced = with_gates(traced)
+    kinds: list[Literal["offsets", "groups"]] = ["offsets", "groups"]
+    if config.grouped_convs != "auto":
+        kinds = [config.grouped_convs]
+    if not _has_grouped_convs(traced.net):
+        kinds = kinds[:1]
+    maps = []
+    for kind in kinds:
+        granularity = Granularity(config.attention, kind, config.inexact_norms)
+        maps.append(channel_map(traced, keep, in_place=in_place, granularity=granularity))
+    return traced, max(maps, key=lambda cmap: cmap.units)
+
+
+def _has_grouped_convs(net: GraphNet) -> bool:
+    """Whether groups of more than one channel occur; in a depthwise conv both choices are the same."""
+    for node in net.graph.nodes:
+        groups = node.args[6] if short_name(node).startswith("conv") and len(node.args) > 6 else 1
+        if groups != 1 and get_tensor(net, str(node.args[1].target)).shape[1] > 1:
+            return True
+    return False
+
+
 def choices(config: PruneConfig, cmap: ChannelMap, align: int) -> Space:
     """The widths, target and ranking that the `prune` section of a config asks for."""
     given = [(kind, getattr(config, f"{kind}_ratio")) for kind in ("macs", "params", "units")]
@@ -74,20 +131,32 @@ def choices(config: PruneConfig, cmap: ChannelMap, align: int) -> Space:
     return space(cmap, target, align=align, min_keep=config.min_keep, per_mac=per_mac)
 
 
+def inexact_because(cmap: ChannelMap) -> str:
+    """Why the dense model will differ from the masked one, "" where it will not."""
+    reasons = dict.fromkeys(f"{pin.reason} at {pin.source}" for pin in cmap.inexact)
+    first = next(iter(reasons), "")
+    return f"{first} and {len(reasons) - 1} more" if len(reasons) > 1 else first
+
+
 def pinned_rows(cmap: ChannelMap) -> list[dict[str, Any]]:
     """What stays and why, as plain data."""
     return [{**asdict(p), "parameters": list(p.parameters)} for p in cmap.pinned]
 
 
 def inspect(
-    config: ModelConfig, folder: Path, *, keep: Sequence[str] = (), ratios: Sequence[float] = DEFAULT_RATIOS
+    config: ModelConfig,
+    folder: Path,
+    *,
+    prune: PruneConfig | None = None,
+    ratios: Sequence[float] = DEFAULT_RATIOS,
 ) -> dict[str, Any]:
     """Everything that is known of a model before any data is seen."""
     started = time.perf_counter()
     traced = build(config, folder)
     middle = time.perf_counter()
-    cmap = channel_map(traced, keep_names(traced.net, keep))
-    labelled = time.perf_counter()
+    prune = prune or PruneConfig()
+    traced, cmap = labelled(traced, kept_names(traced.net, config, prune.keep), prune)
+    ended = time.perf_counter()
     model = cost_model(cmap)
     whole = np.ones(cmap.units, dtype=bool)
     return {
@@ -96,7 +165,7 @@ def inspect(
         "classes": len(model.full),
         "macs": round(model.macs.total(model.full)),
         "params": round(model.params.total(model.full)),
-        "seconds": {"trace": middle - started, "label": labelled - middle},
+        "seconds": {"trace": middle - started, "label": ended - middle},
         "layers": [
             {
                 "name": row.name,

@@ -1,6 +1,7 @@
 """Channel labels: for every element of every tensor, the channel it belongs to.
 
-A label is a positive integer; 0 means "belongs to no channel that could be removed". Labels are issued
+A label is a positive integer; 0 means "belongs to no channel that could be removed", -1 "to be told in a
+later round". Labels are issued
 for parameter axes: index i of dimension d of a parameter has a label of its own. A value of the graph
 is a stack of int64 *layers* of the value's shape (an activation has one; a parameter has one per
 dimension), with stride 0 wherever labels do not vary, so that they cost next to nothing.
@@ -10,11 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """What leaves as one where a network leaves the choice.
+
+    attention: whole heads, or the same query/key and value dimensions of every head. grouped_convs: the
+    same offset of every group, or whole groups. inexact_norms: whether channels may leave through a
+    LayerNorm or RMSNorm, whose statistics then change: the result is no longer the masked network.
+    """
+
+    attention: Literal["heads", "dims"] = "heads"
+    grouped_convs: Literal["offsets", "groups"] = "offsets"
+    inexact_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,11 @@ class Value:
 def fixed(meta: Tensor, real: Tensor | None = None) -> Value:
     """A value no channel of which can be removed."""
     return Value((torch.zeros((), dtype=torch.int64).expand(meta.shape),), meta, real=real)
+
+
+def untold(meta: Tensor) -> Value:
+    """A value whose channels only a later round can tell."""
+    return Value((torch.full((), -1).expand(meta.shape),), meta)
 
 
 def core(labels: Tensor) -> Tensor:
@@ -132,32 +152,61 @@ class Writer:
 
 @dataclass
 class Ledger:
-    """What running a graph on labels found out: issued labels, ties, pins, reads, costs."""
+    """What running a graph on labels found out: issued labels, ties, pins, reads, costs.
+
+    The graph is run in rounds, for some ops can only be judged once it is known what leaves together.
+    In a later round every label is replaced by the first of those tied to it, and by 0 if they stay.
+    Ties and pins add up over the rounds; doubts, which a later round may dispel, terms and writers do not.
+    """
 
     batch: int
+    granularity: Granularity = Granularity()
     issued: int = 1
     axes: dict[tuple[str, int], range] = field(default_factory=dict)
+    fresh: dict[tuple[str, str], range] = field(default_factory=dict)
+    stands_for: Tensor | None = None
+    alive: Tensor | None = None
+    seen: dict[tuple[fx.Node, str], Any] = field(default_factory=dict)
     edges: list[np.ndarray] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
+    doubts: list[Pin] = field(default_factory=list)
+    rows: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    inexact: list[Pin] = field(default_factory=list)
     produced: list[np.ndarray] = field(default_factory=list)
     read: list[np.ndarray] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     writers: dict[fx.Node, Writer] = field(default_factory=dict)
     node: fx.Node | None = None
 
-    def issue(self, count: int) -> Tensor:
-        """`count` new labels."""
-        start = self.issued
+    def begin(self, stands_for: Tensor, alive: Tensor) -> None:
+        """Start another round, in which label i is called stands_for[i]; alive: is tied to a produced one."""
+        self.stands_for, self.alive = stands_for, alive
+        self.doubts, self.rows, self.inexact, self.terms, self.writers = [], [], [], [], {}
+
+    def issue(self, count: int, tag: str = "") -> Tensor:
+        """`count` labels that the present node makes; the same ones in every round."""
+        key = (self.node.name if self.node else "", tag)
+        if key not in self.fresh or len(self.fresh[key]) != count:
+            self.fresh[key] = self._next(count)
+        return self._called(self.fresh[key])
+
+    def _next(self, count: int) -> range:
         self.issued += count
-        return torch.arange(start, self.issued)
+        return range(self.issued - count, self.issued)
+
+    def _called(self, labels: range) -> Tensor:
+        raw = torch.arange(labels.start, labels.stop)
+        if self.stands_for is None or labels.stop > len(self.stands_for):
+            return raw
+        return self.stands_for[labels.start : labels.stop]
 
     def parameter(self, name: str, tensor: Tensor) -> Value:
-        """The value of a parameter or buffer: one layer of fresh labels per dimension."""
+        """The value of a parameter or buffer: one layer of labels per dimension."""
         layers = []
         for dim, size in enumerate(tensor.shape):
-            labels = self.issue(size)
-            self.axes[name, dim] = range(self.issued - size, self.issued)
-            layers.append(along(labels, dim, tensor.shape))
+            if (name, dim) not in self.axes:
+                self.axes[name, dim] = self._next(size)
+            layers.append(along(self._called(self.axes[name, dim]), dim, tensor.shape))
         meta = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         if not layers:
             layers = [torch.zeros((), dtype=torch.int64)]
@@ -166,25 +215,63 @@ class Ledger:
 
     def tie(self, a: Tensor, b: Tensor, why: str = "meets channels that stay") -> None:
         """Channels `a` and `b` (same shape) leave together; one that meets 0 stays."""
+        doubtful = len(varying(a)) > 1 or len(varying(b)) > 1
         pairs = np.stack([a.reshape(-1).numpy(), b.reshape(-1).numpy()], axis=1)
-        pairs = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+        pairs = np.unique(pairs[(pairs[:, 0] != pairs[:, 1]) & (pairs >= 0).all(axis=1)], axis=0)
         loose = (pairs == 0).any(axis=1)
         if loose.any():
-            self.pin(torch.from_numpy(pairs[loose].reshape(-1)), why)
+            self.pin(torch.from_numpy(pairs[loose].reshape(-1)), why, doubtful=doubtful)
         self.edges.append(pairs[~loose])
 
-    def pin(self, labels: Tensor, reason: str) -> None:
-        """The channels behind `labels` stay; remember the op and its source line."""
+    def pin(self, labels: Tensor, reason: str, *, doubtful: bool | None = None) -> None:
+        """The channels behind `labels` stay; remember the op and its source line.
+
+        Doubtful, and if it is not said whenever the labels vary along two axes: they stay only if no later
+        round finds that they leave in whole rows, or that what they conflict with stays anyway.
+        """
         found = np.unique(core(labels).numpy())
-        found = found[found != 0]
+        found = found[found > 0]
         if found.size:
-            op = short_name(self.node) if self.node else ""
-            self.pins.append(Pin(found, reason, op, self.node.meta.get("source", "") if self.node else ""))
+            doubtful = len(varying(labels)) > 1 if doubtful is None else doubtful
+            book = self.doubts if doubtful else self.pins
+            book.append(self._note(found, reason))
+
+    def whole_rows(self, labels: Tensor, dim: int, resort: int = 0) -> None:
+        """If nothing else is found, all channels at one coordinate of `dim` leave together.
+
+        resort: what is tried first (0) and later (1, 2); each settles before the next.
+        """
+        rows = core(labels).movedim(dim, 0).flatten(1)
+        pairs = torch.stack([rows[:, :1].expand_as(rows).reshape(-1), rows.reshape(-1)], 1).numpy()
+        self.rows.append((resort, np.unique(pairs[(pairs > 0).all(axis=1)], axis=0)))
+
+    def _note(self, labels: np.ndarray, reason: str) -> Pin:
+        op = short_name(self.node) if self.node else ""
+        return Pin(labels, reason, op, self.node.meta.get("source", "") if self.node else "")
 
     def pin_value(self, value: Value, reason: str) -> None:
-        """Pin every channel of a value, in all its layers."""
+        """Pin every channel of a value, in all its layers, for good."""
         for layer in value.layers:
-            self.pin(layer, reason)
+            self.pin(layer, reason, doubtful=False)
+
+    def once(self, what: str, make: Callable[[], Any]) -> Any:
+        """What is the same in every round, such as the present node's MACs: made in the first one."""
+        assert self.node is not None
+        if (self.node, what) not in self.seen:
+            self.seen[self.node, what] = make()
+        return self.seen[self.node, what]
+
+    def living(self, labels: Tensor) -> bool:
+        """Whether these labels may be channels that a contraction writes."""
+        if self.alive is None:
+            return True
+        known = core(labels)
+        return bool(self.alive[known[(known > 0) & (known < len(self.alive))]].any())
+
+    def bend(self, labels: Tensor, reason: str) -> None:
+        """Removing these channels changes others too: allowed on request, and reported."""
+        found = np.unique(core(labels).numpy())
+        self.inexact.append(self._note(found[found > 0], reason))
 
     def produce(self, labels: Tensor) -> None:
         """These labels are output channels of a contraction: candidates for removal."""
@@ -192,7 +279,8 @@ class Ledger:
 
     def reading(self, labels: Tensor) -> None:
         """These labels are a contraction's input columns: zeroing them removes the channel."""
-        self.read.append(labels.numpy())
+        if self.stands_for is None:  # the axis is known by its own labels, those of the first round
+            self.read.append(labels.numpy())
 
     def cost(self, kind: str, weight: str, macs: float, *counts: Tensor) -> None:
         """Record the MACs of the present node, for the whole traced batch."""

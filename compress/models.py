@@ -49,6 +49,14 @@ def build_model(config: ModelConfig, folder: Path, *, seed: int = 0) -> nn.Modul
         return _build(config, folder)
 
 
+def refuse_pickled(name: str, where: str) -> None:
+    """Refuse a file in the place of a model: ModelError (exit 4), with what to do instead."""
+    if name.lower().endswith(WEIGHT_FILES):
+        what = f"{name} is no model: a pickled module or TorchScript is code, which is not run"
+        fix = "give the function that builds the model, and this file's state_dict as weights; or a .pt2"
+        raise ModelError(what, where, fix)
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Copy the state dict in ``path`` (safetensors, or torch.save read with weights_only) into ``model``.
 
@@ -72,6 +80,7 @@ def _build(config: ModelConfig, folder: Path) -> nn.Module:
     scheme, _, name = config.name.partition(":")
     if is_program(config.name):
         raise ModelError("a .pt2 file is an exported program, not a module", config.name, "use load_program")
+    refuse_pickled(config.name, "model.name")
     if scheme == "torchvision":
         return _torchvision(config, name, folder)
     if scheme == "timm":

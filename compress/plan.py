@@ -60,6 +60,8 @@ def make_plan(
         raise ValueError(f"keep has shape {keep.shape}, the model has {cmap.units} units")
     axes = {}
     for key, units in cmap.axes.items():
+        if key[0] not in cmap.shapes:
+            continue
         stays = (units < 0) | keep[units]
         if not stays.any():
             raise ModelError(

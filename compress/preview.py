@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from compress.channelmap import channel_map
 from compress.cost import class_counts, cost_model, layers
 from compress.importance import Taylor, magnitude, random
-from compress.inspection import build, choices, keep_names, pinned_rows
+from compress.inspection import build, choices, kept_names, labelled, pinned_rows
 from compress.select import remove
 from compress.steps import Events, Work
 from compress.surgery import cut
@@ -28,7 +27,8 @@ def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
     config, task = work.config, work.task
     traced = traced or build(config.model, work.folder, config.seed)
     check(traced.net, task, config.model.input_shape)
-    cmap = channel_map(traced, keep_names(traced.net, config.prune.keep))
+    kept = kept_names(traced.net, config.model, config.prune.keep)
+    traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
     if config.prune.criterion == "taylor":
         scores = _taylor(traced.net, cmap, task, config.prune.minibatches_per_step, work.events)

@@ -22,7 +22,6 @@ from compress.labels import (
     Ledger,
     Rule,
     Value,
-    along,
     collapse,
     core,
     fixed,
@@ -146,7 +145,9 @@ def unknown(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
     """Never guess: every channel that reaches the op stays."""
     for value in values_in([list(args), kwargs]):
         ledger.pin_value(value, f"{short_name(node)} has no pruning rule")
-    macs = multiply_adds(node, args, kwargs)
+        if value.name and value.meta.dim() > 1:  # what it writes stays too, and is to be reported
+            ledger.produce(core(value.layers[0]))
+    macs = multiply_adds(ledger, node, args, kwargs)
     if macs:
         ledger.cost(short_name(node), "", macs)
     return fixed_like(meta)
@@ -159,7 +160,7 @@ def fixed_like(meta: Any) -> Any:
     return [fixed_like(m) for m in meta] if isinstance(meta, list | tuple) else meta
 
 
-def multiply_adds(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
+def multiply_adds(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> float:
     """MACs of one op by torch's FLOP counter on the meta device (it counts two per multiply-add)."""
 
     def numbers(a: Any) -> Any:
@@ -167,9 +168,13 @@ def multiply_adds(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) ->
             return a.meta
         return [numbers(x) for x in a] if isinstance(a, list | tuple) else a
 
-    with FlopCounterMode(display=False) as counter:
-        node.target(*[numbers(a) for a in args], **{k: numbers(v) for k, v in kwargs.items()})  # type: ignore[operator]
-    return float(counter.get_total_flops()) / 2
+    def count() -> float:
+        with FlopCounterMode(display=False) as counter:
+            node.target(*[numbers(a) for a in args], **{k: numbers(v) for k, v in kwargs.items()})  # type: ignore[operator]
+        return float(counter.get_total_flops()) / 2
+
+    found: float = ledger.once("macs", count)
+    return found
 
 
 # -- element-wise -------------------------------------------------------------------------------------
@@ -232,29 +237,36 @@ def _meet(ledger: Ledger, a: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
         )
     ca, cb = _broadcast(core(a), core(b))
     ledger.tie(ca, cb)
-    return torch.where(ca != 0, ca, cb).expand(shape)
+    return torch.where(ca > 0, ca, cb).expand(shape)
 
 
 def _follow(ledger: Ledger, activation: Value, weight: Value, shape: Sequence[int]) -> Tensor:
     """A parameter used element-wise follows the activation it meets."""
     labels = _rank(activation.labels, len(shape))
-    moving = varying(labels)
     for layer in weight.layers:
         aligned = _rank(layer, len(shape))
-        dims = varying(aligned)
-        for dim in dims:
-            own = vector(aligned, dim)
-            met = vector(labels, dim) if dim in moving else None
-            if own is None or (dim in moving and met is None):
-                ledger.pin(labels, "one element of a parameter meets several channels")
-                ledger.pin(aligned, "one element of a parameter meets several channels")
-            elif met is not None:
-                ledger.tie(met, own)
-            elif labels.shape[dim] == own.shape[0]:
-                ledger.pin(own, "meets channels that stay")
-            else:
-                ledger.pin(labels, "one channel is broadcast over several")
+        shared = set(varying(aligned)) & set(varying(labels))
+        if not shared:
+            _lie_beside(ledger, labels, aligned)
+            continue
+        dim = min(shared)
+        own, met = vector(aligned, dim), vector(labels, dim)
+        if own is None or met is None:
+            why = "one element of a parameter meets several channels"
+            ledger.pin(labels, why, doubtful=met is None)
+            ledger.pin(aligned, why, doubtful=met is None)
+        else:
+            ledger.tie(met, own)
     return labels.expand(shape)
+
+
+def _lie_beside(ledger: Ledger, labels: Tensor, aligned: Tensor) -> None:
+    """A parameter whose axes are not the channels' own stays as it is."""
+    for dim in varying(aligned):
+        if labels.shape[dim] == aligned.shape[dim]:
+            ledger.pin(aligned, "meets channels that stay")
+        else:
+            ledger.pin(labels, "one channel is broadcast over several")
 
 
 def _weights_meet(ledger: Ledger, a: Value, b: Value, shape: Sequence[int]) -> tuple[Tensor, ...]:
@@ -309,9 +321,10 @@ def _run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], layer: Tens
 def _pin_stated(
     ledger: Ledger, node: fx.Node, value: Value, args: Sequence[Any], runs: Sequence[Any]
 ) -> None:
-    """Surgery rewrites the sizes of a moved parameter along its first axis; the others keep theirs."""
+    """Surgery rewrites the sizes of a moved parameter along one of its axes; the others keep theirs."""
     name = short_name(node)
     pairs = [pair for pair in zip(value.layers, runs, strict=True) if varying(pair[0])]
+    pairs.sort(key=lambda pair: not ledger.living(pair[0]))
     for layer, run in pairs[1:]:
         pieces = [collapse(piece) for piece in ([run] if isinstance(run, Tensor) else run)]
         if name in ("view", "reshape", "_unsafe_view", "expand", "broadcast_to"):
@@ -320,7 +333,7 @@ def _pin_stated(
             whole = core(layer).numel()
             stated = any(len(varying(piece)) != 1 or core(piece).numel() != whole for piece in pieces)
         if stated:
-            ledger.pin(layer, f"{name} of a parameter states its size")
+            ledger.pin(layer, f"{name} of a parameter states its size", doubtful=True)
 
 
 def _single_channel(ledger: Ledger, value: Value, runs: Iterable[Tensor]) -> None:
@@ -344,21 +357,20 @@ def _expand(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
 @rule("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 def _cat(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
     """Concatenation moves labels; along another axis than the channels' the pieces are tied."""
-    pieces = [_as_activation(ledger, v) for v in values_in([list(args), kwargs])]
-    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if short_name(node) not in ("cat", "concat", "concatenate"):
-        for piece in pieces:
-            ledger.pin(piece, f"{short_name(node)} of channels")
-        return fixed(meta)
+    name = short_name(node)
+    pieces = [as_activation(ledger, v) for v in values_in([list(args), kwargs])]
+    pieces = [p for p in pieces if p.numel()]  # an empty piece adds nothing
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", min(meta.dim() - 1, 1) if name == "hstack" else 0)
     dim %= meta.dim()
-    pieces = [p for p in pieces if p.dim() == meta.dim()]  # cat ignores empty 1-D tensors
+    if name == "stack":
+        pieces = [p.unsqueeze(dim) for p in pieces]
     if any(set(varying(p)) - {dim} for p in pieces):
         if not any(dim in varying(p) for p in pieces):
             for a, b in pairwise(pieces):
                 ledger.tie(*_broadcast(core(a), core(b)))
             return result(pieces[0].narrow(dim, 0, 1).expand(meta.shape), meta)
         for piece in pieces:
-            ledger.pin(piece, "concatenated along two axes of channels")
+            ledger.pin(piece, "concatenated along two axes of channels", doubtful=True)
     common = [max(core(p).shape[d] for p in pieces) for d in range(meta.dim())]
     thin = [
         p[tuple(slice(None) if d == dim else slice(0, common[d]) for d in range(p.dim()))] for p in pieces
@@ -366,7 +378,8 @@ def _cat(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
     return result(torch.cat(thin, dim).expand(meta.shape), meta)
 
 
-def _as_activation(ledger: Ledger, value: Value) -> Tensor:
+def as_activation(ledger: Ledger, value: Value) -> Tensor:
+    """One layer of labels for any value; a parameter has one if its channels lie along one axis."""
     if not value.weight:
         return value.labels
     layers = [layer for layer in value.layers if varying(layer)]
@@ -386,23 +399,31 @@ def _pad(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, A
     for back in range(len(amounts) // 2):
         dim = labels.dim() - 1 - back
         left, right = amounts[2 * back], amounts[2 * back + 1]
-        size = labels.shape[dim] + left + right
-        if mode != "constant" and dim in varying(labels) and (left or right):
+        if dim not in varying(labels):
+            shape = list(labels.shape)
+            shape[dim] += left + right
+            labels = labels.narrow(dim, 0, 1).expand(shape)
+        elif mode != "constant" and (left or right):
             ledger.pin(labels, f"{mode} padding copies channels")
             return fixed(meta)
-        if dim not in varying(labels):
-            labels = labels.narrow(dim, 0, 1).expand(
-                [size if d == dim else s for d, s in enumerate(labels.shape)]
-            )
-        elif vector(labels, dim) is None or min(left, right) < 0:
-            ledger.pin(labels, "padding of channels on two axes")
+        elif min(left, right) < 0:
+            ledger.pin(labels, "padding takes channels away")
             return fixed(meta)
         else:
-            own = vector(labels, dim)
-            assert own is not None
-            vec = torch.cat([ledger.issue(left), own, ledger.issue(right)])
-            labels = along(vec, dim, [size if d == dim else s for d, s in enumerate(labels.shape)])
+            labels = _grow(ledger, labels, dim, left, right)
     return result(labels.expand(meta.shape), meta)
+
+
+def _grow(ledger: Ledger, labels: Tensor, dim: int, left: int, right: int) -> Tensor:
+    """Labels with new channels before and behind those along `dim`."""
+    small = core(labels)
+    parts = [small]
+    for count, name in ((left, "left"), (right, "right")):
+        shape = [count if d == dim else size for d, size in enumerate(small.shape)]
+        numbers = ledger.issue(int(np.prod(shape)), f"{name} of {dim}").reshape(shape)
+        parts = [numbers, *parts] if name == "left" else [*parts, numbers]
+    shape = [size + (left + right if d == dim else 0) for d, size in enumerate(labels.shape)]
+    return torch.cat(parts, dim).expand(shape)
 
 
 @rule("index")

@@ -81,6 +81,9 @@ class ModelConfig(Section):
         default=None, description="a .safetensors, .pt or .pth file, or a name such as DEFAULT"
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments for the function of name")
+    part: Name | None = Field(
+        default=None, description="prune only this submodule, e.g. backbone or body.neck"
+    )
     input_shape: Counts = Field(description="one input without the batch, e.g. [3, 224, 224]")
 
 
@@ -174,6 +177,15 @@ class PruneConfig(Section):
     )
     keep: list[Annotated[Name, AfterValidator(_pattern)]] = Field(
         default_factory=list, description='parameters not to prune: names, or "re:PATTERN"'
+    )
+    attention: Literal["heads", "dims"] = Field(
+        default="heads", description="whole heads leave, or (dims) the same dimensions of every head"
+    )
+    grouped_convs: Literal["auto", "offsets", "groups"] = Field(
+        default="auto", description="the same offset of every group leaves, or whole groups; auto: the finer"
+    )
+    inexact_norms: bool = Field(
+        default=False, description="prune through LayerNorm and RMSNorm although that changes the result"
     )
     max_loss_increase: NotNegative | None = Field(
         default=None, description="stop early when the loss rises by more"

@@ -102,7 +102,7 @@ def remove(scores: np.ndarray, keep: np.ndarray, where: Space, count: int | None
         moves = _moves(scores, counts, order, where)
         if not moves:
             break
-        ending = [move for move in moves if _met(where, _after(counts, move))]
+        ending = [move for move in moves if move.meets]
         cheapest = min(moves, key=lambda move: move.price)
         move = cheapest
         if ending:
@@ -118,12 +118,16 @@ def remove(scores: np.ndarray, keep: np.ndarray, where: Space, count: int | None
 
 @dataclass(frozen=True)
 class _Move:
-    """Narrow class `group` by `units`; loss: their summed importance; price: what it is ranked by."""
+    """Narrow class `group` by `units`; loss: their summed importance; price: what it is ranked by.
+
+    meets: whether the target is then met.
+    """
 
     group: int
     units: int
     loss: float
     price: float
+    meets: bool
 
 
 def _met(where: Space, counts: np.ndarray) -> bool:
@@ -145,16 +149,16 @@ def _ascending(scores: np.ndarray, keep: np.ndarray, cmap: ChannelMap) -> list[n
 
 def _moves(scores: np.ndarray, counts: np.ndarray, order: list[np.ndarray], where: Space) -> list[_Move]:
     """The next narrower width of every class, with its price per unit or per MAC saved."""
+    below = [levels[levels < n] for levels, n in zip(where.levels, counts, strict=True)]
+    by = np.array([n - b[-1] if b.size else 0 for b, n in zip(below, counts, strict=True)])
+    ratios = where.cost.ratios(where.target.kind, counts, by)
+    price_of = np.maximum(by, 1).astype(float)
+    if where.per_mac:
+        saved = where.cost.macs.total(counts) - where.cost.macs.narrowed(counts, by)
+        price_of = np.maximum(saved, 1.0)
     found = []
-    for group, levels in enumerate(where.levels):
-        below = levels[levels < counts[group]]
-        if not below.size:
-            continue
-        units = int(counts[group] - below[-1])
-        loss = float(scores[order[group][:units]].sum())
-        move = _Move(group, units, loss, loss / units)
-        if where.per_mac:
-            saved = where.cost.macs.total(counts) - where.cost.macs.total(_after(counts, move))
-            move = _Move(group, units, loss, loss / max(saved, 1.0))
-        found.append(move)
+    for group in np.flatnonzero(by):
+        loss = float(scores[order[group][: by[group]]].sum())
+        meets = bool(ratios[group] <= where.target.ratio + 1e-12)
+        found.append(_Move(int(group), int(by[group]), loss, loss / price_of[group], meets))
     return found

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from compress import checkpoint, files, graphfile, seeds
-from compress.channelmap import ChannelMap, channel_map
+from compress.channelmap import ChannelMap
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, IntegrityError, TargetError, did_you_mean
-from compress.inspection import build, choices, keep_names, pinned_rows
+from compress.inspection import build, choices, inexact_because, kept_names, labelled, pinned_rows
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
 from compress.select import Space
@@ -148,7 +148,8 @@ def preflight(work: Work) -> None:
 def train_stage(work: Work) -> Done:
     """Build and trace the model, train it if asked, and measure it."""
     traced = build(work.config.model, work.folder, work.config.seed)
-    keep_names(traced.net, work.config.prune.keep)  # a misspelt name is told now, not after training
+    # A misspelt name is told now, not after training.
+    kept_names(traced.net, work.config.model, work.config.prune.keep)
     check(traced.net, work.task, work.config.model.input_shape)
     history: TrainResult | None = None
     if work.config.train is not None and work.config.train.epochs:
@@ -212,7 +213,8 @@ def prune_stage(work: Work) -> Done:
     """Prune to the target, cut the channels out, and prove the result equal to the masked network."""
     config = work.config
     traced = work.traced("original")
-    cmap = channel_map(traced, keep_names(traced.net, config.prune.keep))
+    kept = kept_names(traced.net, config.model, config.prune.keep)
+    traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
     started = datetime.now(UTC)
 
@@ -233,7 +235,13 @@ def prune_stage(work: Work) -> Done:
 
 def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float) -> Done:
     dense, plan = cut(pruned.masked, cmap, pruned.keep)
-    proof = verify(pruned.unmasked.cpu(), pruned.masked.cpu(), dense.cpu(), (work.example(),))
+    proof = verify(
+        pruned.unmasked.cpu(),
+        pruned.masked.cpu(),
+        dense.cpu(),
+        (work.example(),),
+        inexact=inexact_because(cmap),
+    )
     if not proof.passed:
         raise IntegrityError(
             f"the dense network differs from the masked one by {proof.relative_error:.2e}, "
@@ -324,8 +332,4 @@ def _read_optimizer(work: Work) -> dict[str, dict[str, Tensor]]:
 
 def _write_program(work: Work, net: GraphNet) -> str:
     """`dense.pt2`, for those who serve with torch.export."""
-    dynamic = ({0: torch.export.Dim.DYNAMIC},)
-    program = torch.export.export(net.eval().cpu(), (work.example(),), dynamic_shapes=dynamic)
-    with files.whole(work.run / "dense.pt2") as temporary, temporary.open("wb") as stream:
-        torch.export.save(program, stream)
-    return "dense.pt2"
+    return graphfile.save_program(net.cpu(), (work.example(),), {}, work.run / "dense.pt2").name

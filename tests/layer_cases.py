@@ -101,7 +101,7 @@ REDUCTIONS = [
         (lambda n, y: y.log_softmax(3),),
         (lambda n, y: aten._softmax(y, 2, False),),
         (lambda n, y: aten._log_softmax(y, 2, False),),
-        (lambda n, y: functional.glu(y, 1), "runs over the channels"),
+        (lambda n, y: functional.glu(y, 1), "", "conv", 2, dict, 6, 4),
     ),
     *each(
         "mean sum softmax log_softmax cumsum argmax linalg_vector_norm std max",
@@ -159,8 +159,9 @@ NORMS = [
         "group_norm",
         lambda n, y: n.norm(y),
         "statistics over the channels of a group",
-        parts=lambda: {"norm": nn.GroupNorm(2, CHANNELS)},
+        parts=lambda: {"norm": nn.GroupNorm(1, CHANNELS)},
     ),
+    Case("group_norm", lambda n, y: n.norm(y), free=4, parts=lambda: {"norm": nn.GroupNorm(4, CHANNELS)}),
 ]
 
 CONTRACTIONS = [
@@ -245,8 +246,13 @@ CONTRACTIONS = [
     Case(
         "conv_transpose2d",
         lambda n, y: n.conv(y),
-        "has no pruning rule",
-        parts=lambda: {"conv": nn.ConvTranspose2d(CHANNELS, 6, 3, groups=2)},
+        free=4,
+        parts=lambda: {"conv": nn.ConvTranspose2d(CHANNELS, 12, 3, groups=4)},
+    ),
+    Case(
+        "conv_transpose2d",
+        lambda n, y: n.conv(y),
+        parts=lambda: {"conv": nn.ConvTranspose2d(CHANNELS, CHANNELS, 3, groups=CHANNELS)},
     ),
     Case(
         "linear",
@@ -254,14 +260,51 @@ CONTRACTIONS = [
         reader="linear",
         parts=lambda: {"fc": nn.Linear(CHANNELS * 36, 6)},
     ),
-    Case("linear", lambda n, y: n.fc(y), "read along two axes", parts=lambda: {"fc": nn.Linear(6, 6)}),
+    Case("linear", lambda n, y: n.fc(y), parts=lambda: {"fc": nn.Linear(6, 6)}),
     Case(
         "matmul",
         lambda n, y: y.permute(0, 2, 3, 1) @ n.w,
         reader="linear",
         parts=lambda: {"w": param(CHANNELS, 6)},
     ),
-    Case("matmul", lambda n, y: y @ y.mT, "has no pruning rule"),
+    Case("matmul", lambda n, y: y @ y.mT),
+    Case(
+        "matmul",
+        lambda n, y: y.flatten(2).mT @ y.flatten(2) @ n.w,
+        "read by another",
+        "linear",
+        parts=lambda: {"w": param(36, 6)},
+    ),
+    Case("matmul", lambda n, y: n.w @ y, parts=lambda: {"w": param(5, 6)}),
+    Case(
+        "bmm",
+        lambda n, y: y.flatten(2).bmm(y.flatten(2).mT.softmax(1) * 0 + n.v),
+        "multiplied with",
+        parts=lambda: {"v": param(36, 8)},
+    ),
+    Case(
+        "bmm",
+        lambda n, y: y.flatten(2).bmm(n.v.expand(y.shape[0], -1, -1)),
+        parts=lambda: {"v": param(36, 8)},
+    ),
+    Case(
+        "baddbmm",
+        lambda n, y: torch.baddbmm(y.flatten(2), n.conv(y).flatten(2), n.v.expand(y.shape[0], -1, -1)),
+        parts=lambda: {"v": param(36, 36), "conv": nn.Conv2d(CHANNELS, CHANNELS, 1)},
+    ),
+    Case(
+        "scaled_dot_product_attention",
+        lambda n, y: (
+            functional.scaled_dot_product_attention(
+                *n.qkv(y.flatten(2).mT).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            )
+            .transpose(1, 2)
+            .flatten(2)
+        ),
+        "",
+        "linear",
+        parts=lambda: {"qkv": nn.Linear(CHANNELS, 24)},
+    ),
     Case(
         "mm",
         lambda n, y: pooled(y).flatten(1).mm(n.w),

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import compress
 from compress.errors import CompressError
@@ -92,10 +100,8 @@ def test_any_loss_will_do() -> None:
     assert result.history[-1].accuracy is None
 
 
-def test_save_and_load_need_no_source(tmp_path: object) -> None:
-    from pathlib import Path
-
-    stem = Path(str(tmp_path)) / "small"
+def test_save_and_load_need_no_source(tmp_path: Path) -> None:
+    stem = tmp_path / "small"
     dense, _ = compress.prune(cifar_resnet(8, width=8), batches()[0][0], batches(), loss, **OPTIONS)
     compress.save(dense, stem, batches()[0][0])
     x = batches()[0][0]
@@ -171,3 +177,126 @@ def test_stops_at_the_accuracy_that_may_be_lost_and_says_so() -> None:
 def test_public_names() -> None:
     assert all(getattr(compress, name) is not None for name in compress.__all__)
     assert len(compress.__all__) <= 12
+
+
+SOURCE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv, self.bn = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12)
+        self.a, self.b, self.c = nn.Linear(12, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+
+    def forward(self, x, *, scale=None):
+        h = self.a(self.bn(self.conv(x)).relu().mean((2, 3))).relu()
+        if self.kind == "one":
+            return self.b(h)
+        if self.kind == "many":
+            return self.b(h), [self.c(h), x]
+        return {"logits": self.b(h) * scale, "more": {"mean": self.c(h).mean(1)}}
+"""
+READ = """
+import importlib.util, json, sys, torch
+from pathlib import Path
+from torch.utils import _pytree as pytree
+import compress
+torch.set_num_threads(1)
+
+def check(net, folder):
+    saved = torch.load(folder / "io.pt", weights_only=True)
+    with torch.no_grad():
+        found = net(**saved["given"])
+    leaves = pytree.tree_leaves(found)
+    assert str(pytree.tree_structure(found)) == saved["structure"], found
+    assert len(leaves) == len(saved["leaves"]) and all(map(torch.equal, leaves, saved["leaves"]))
+    print("equal")
+
+for folder in sorted(Path(sys.argv[1]).glob("kind-*")):
+"""
+WITHOUT = """
+    assert importlib.util.find_spec("gone") is None
+    check(compress.load(folder / "small"), folder)
+    check(compress.load(folder / "small.pt2"), folder)
+    check(torch.export.load(folder / "small.pt2").module(), folder)
+"""
+WITH = """
+    import gone
+    from compress.plan import from_json
+    from safetensors.torch import load_file
+    plan = from_json(json.loads((folder / "plan.json").read_text()))
+    net = compress.apply_plan(plan, gone.Net(folder.name.removeprefix("kind-"))).eval()
+    net.load_state_dict(load_file(folder / "small.safetensors"), strict=False)
+    check(net, folder)
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pruned models with one, several and nested outputs in every form; source/ holds their class."""
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "source").mkdir()
+    (folder / "source" / "gone.py").write_text(SOURCE)
+    sys.path.insert(0, str(folder / "source"))
+    try:
+        module = importlib.import_module("gone")
+    finally:
+        sys.path.remove(str(folder / "source"))
+    for kind in ("one", "many", "nested"):
+        _write(module.Net(kind), folder / f"kind-{kind}")
+    return folder
+
+
+def squares(given: dict[str, Tensor]) -> Any:
+    """A loss on all that a model returns."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return torch.stack([leaf.square().mean() for leaf in pytree.tree_leaves(model(**given))]).sum()
+
+    return loss
+
+
+def _write(net: nn.Module, folder: Path) -> None:
+    given = {"x": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
+    if folder.name == "kind-nested":
+        given["scale"] = torch.tensor([[1.0], [2.0], [3.0]])
+    dense, result = compress.prune(net, given, [0, 1], squares(given), **OPTIONS)
+    assert result.verification.passed
+    folder.mkdir()
+    for name in ("small", "small.pt2"):
+        compress.save(dense, folder / name, given)
+    (folder / "plan.json").write_text(json.dumps(result.plan.to_json()))
+    with torch.no_grad():
+        leaves, spec = pytree.tree_flatten(dense(**given))
+    torch.save({"given": given, "leaves": leaves, "structure": str(spec)}, folder / "io.pt")
+
+
+@pytest.mark.parametrize(("code", "times"), [(WITHOUT, 9), (WITH, 3)], ids=["without", "with"])
+def test_a_fresh_process_gives_bit_equal_outputs(written: Path, code: str, times: int) -> None:
+    """The graph, the .pt2 and torch's own reader of it without the model's source; the plan with it."""
+    paths = [str(Path(compress.__file__).parents[1]), *([str(written / "source")] if code == WITH else [])]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READ + code, str(written)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        cwd=written,
+        check=False,
+    )
+    assert done.stdout.split() == ["equal"] * times, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["one", "many"])
+def test_the_users_own_module_computes_what_the_graph_does(written: Path, kind: str) -> None:
+    """In place, in this process: the same weights, sliced, give the same numbers."""
+    net = importlib.import_module("gone").Net(kind)
+    x = torch.randn(3, 3, 8, 8)
+    twin, loss = copy.deepcopy(net), squares({"x": x})
+    dense, first = compress.prune(net, x, [0, 1], loss, **OPTIONS)
+    same, second = compress.prune(twin, x, [0, 1], loss, in_place=True, **OPTIONS)
+    assert first.plan.axes == second.plan.axes
+    with torch.no_grad():
+        pairs = zip(pytree.tree_leaves(dense(x)), pytree.tree_leaves(same.eval()(x)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

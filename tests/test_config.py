@@ -51,7 +51,13 @@ TRAIN = {
 }
 DEFAULTS: dict[str, Any] = {
     "version": 1,
-    "model": {"name": "torchvision:resnet18", "weights": None, "kwargs": {}, "input_shape": [3, 32, 32]},
+    "model": {
+        "name": "torchvision:resnet18",
+        "weights": None,
+        "kwargs": {},
+        "part": None,
+        "input_shape": [3, 32, 32],
+    },
     "data": {
         "name": "mnist5k",
         "root": "data",
@@ -80,6 +86,9 @@ DEFAULTS: dict[str, Any] = {
         "min_keep": 0.1,
         "rank": "importance",
         "keep": [],
+        "attention": "heads",
+        "grouped_convs": "auto",
+        "inexact_norms": False,
         "max_loss_increase": None,
         "max_accuracy_drop": None,
     },

@@ -122,16 +122,16 @@ class TestRoundTrip:
 
     def test_a_fresh_process_without_the_source(self, tmp_path: Path) -> None:
         source = "import torch\nclass Net(torch.nn.Sequential): pass\n"
-        (tmp_path / "gone.py").write_text(source)
+        (tmp_path / "gone_net.py").write_text(source)
         sys.path.insert(0, str(tmp_path))
         try:
-            import gone  # type: ignore[import-not-found]  # written above
+            import gone_net  # type: ignore[import-not-found]  # written above
 
             layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5)
-            net = trace(randomise(gone.Net(*layers)), images()).net
+            net = trace(randomise(gone_net.Net(*layers)), images()).net
         finally:
             sys.path.remove(str(tmp_path))
-        (tmp_path / "gone.py").unlink()
+        (tmp_path / "gone_net.py").unlink()
         save(net, tmp_path / "net", [[3, 8, 8]])
         x = images(batch=3)[0]
         torch.save({"x": x, "y": net(x).detach()}, tmp_path / "io.pt")
@@ -139,7 +139,7 @@ class TestRoundTrip:
             "import sys, torch; from pathlib import Path; from compress.graphfile import load\n"
             f"folder = Path({str(tmp_path)!r}); net, _ = load(folder / 'net')\n"
             "io = torch.load(folder / 'io.pt', weights_only=True); torch.set_num_threads(1)\n"
-            "assert torch.equal(net(io['x']), io['y']) and 'gone' not in sys.modules; print('equal')"
+            "assert torch.equal(net(io['x']), io['y']) and 'gone_net' not in sys.modules; print('equal')"
         )
         root = Path(__file__).parents[1]
         environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -240,6 +240,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "structure": (
         lambda d: d.update(out_spec=json.dumps([1, SPEC])),
         "a structure of type collections.defaultdict",
+    ),
+    "keyword of the call": (
+        lambda d: d.update(in_spec=d["in_spec"].replace('"[]"', json.dumps(json.dumps([f"a': {EVIL}, 'b"])))),
+        "is not a plain name",
     ),
     "nodes": (lambda d: d.update(nodes=[{}]), "not a graph: KeyError"),
     "parameter": (lambda d: d["parameters"].append("ghost"), "not a graph: KeyError 'ghost'"),

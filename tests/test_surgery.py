@@ -28,8 +28,8 @@ from torch.nn import functional
 from compress.channelmap import channel_map
 from compress.errors import ModelError
 from compress.plan import Plan
+from compress.rewrites import REWRITES
 from compress.surgery import (
-    REWRITES,
     apply_plan,
     carry_state,
     cut,
@@ -377,3 +377,36 @@ def test_a_batch_norm_without_momentum_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
     with pytest.raises(ModelError, match="1: a batch norm with momentum=None"):
         trace(model, (torch.randn(2, 4),))
+
+
+class Ordered(nn.Module):
+    """A constant puts channels in another order; a transposed convolution has groups."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 3, groups=8 if kind == "depthwise" else 2)
+        self.shuffle, self.kind = nn.ChannelShuffle(2), kind
+        self.register_buffer("order", torch.arange(8).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if self.kind == "index":
+            x = x[:, self.order]
+        elif self.kind == "roll":
+            x = x.roll(1, 1)
+        elif self.kind == "shuffle":
+            x = self.shuffle(x)
+        else:
+            x = self.up(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("kind", ["index", "roll", "shuffle", "grouped", "depthwise"])
+def test_a_module_sliced_in_place_computes_what_the_graph_does(kind: str) -> None:
+    traced = trace(randomise(Ordered(kind)), images())
+    cmap = channel_map(traced, in_place=True)
+    done = cut_at(traced, cmap, random_keep(cmap, share=0.4))
+    sliced = apply_plan(done.plan, randomise(Ordered(kind)).eval())
+    assert relative_error(outputs(done.dense, images()), outputs(sliced, images())) <= 1e-6
+    assert (cmap.units == 0) == (kind in ("index", "roll", "shuffle"))

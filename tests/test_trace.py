@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -139,6 +140,23 @@ class TestStructure:
         assert list(found) == ["h", "s"]
         assert all(map(torch.equal, outputs(model, inputs), outputs(traced.net, inputs)))
 
+    def test_a_dataclass_of_outputs(self) -> None:
+        @dataclasses.dataclass
+        class Output:
+            logits: Tensor
+            hidden: Tensor
+
+        class Model(nn.Linear):
+            def forward(self, x: Tensor) -> Any:
+                y = super().forward(x)
+                return Output(y, y.relu())
+
+        model = Model(4, 3)
+        traced = trace(model, (torch.randn(2, 4),))
+        x = torch.randn(5, 4)
+        assert type(traced.net(x)) is Output
+        assert torch.equal(traced.net(x).hidden, model(x).hidden)
+
     def test_parameters_that_no_output_needs_are_named(self) -> None:
         class Auxiliary(nn.Module):
             def __init__(self) -> None:
@@ -194,11 +212,19 @@ class TestRefusals:
             def forward(self, x: Tensor) -> Tensor:
                 return x + 1 if x.sum() > 0 else x
 
-        texts = ("test_trace.py:", "Branches cannot be traced", "torch.cond")
+        texts = ("test_trace.py:", "Branches cannot be traced", "part=...")
         self.refused(Branches(), (torch.randn(2, 3),), *texts)
 
     def test_a_wrong_input_shape(self) -> None:
         self.refused(SmallNet(), (torch.randn(2, 4, 8, 8),), "SmallNet cannot be traced", "input shape")
+
+    def test_outputs_of_other_classes(self) -> None:
+        class Model(nn.Linear):
+            def forward(self, x: Tensor) -> Any:
+                return [super().forward(x), object()]
+
+        texts = "the model: returns something of class object", "use tuples, lists, dicts or dataclasses"
+        self.refused(Model(4, 3), (torch.randn(2, 4),), *texts)
 
     def test_a_fixed_batch(self) -> None:
         class Fixed(nn.Module):
