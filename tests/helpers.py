@@ -69,13 +69,16 @@ def outputs(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
 def counted_macs(net: nn.Module, example: Sequence[Tensor]) -> float:
     """MACs per example by torch's FLOP counter, which counts two per multiply-add.
 
-    On the meta device, where attention is one op, unless the graph makes tensors on a device of its own.
+    On the meta device, where attention is one op; the CPU's own attention would not be counted.
     """
-    device = "meta"
-    if isinstance(net, GraphNet) and any("device" in node.kwargs for node in net.graph.nodes):
-        device = "cpu"
+    bare = copy.deepcopy(net).to("meta")
+    if isinstance(bare, GraphNet):
+        for node in bare.graph.nodes:  # tensors that the graph makes by itself
+            if "device" in node.kwargs:
+                node.update_kwarg("device", torch.device("meta"))
+        bare.recompile()
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(net).to(device)(*(x.to(device) for x in example))
+        bare(*(x.to("meta") for x in example))
     return counter.get_total_flops() / 2 / example[0].shape[0]
 
 
