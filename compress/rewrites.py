@@ -240,10 +240,9 @@ def _rewrite_conv(surgeon: Surgeon, node: fx.Node) -> None:
     arguments: Any = node.args
     groups = arguments[6] if len(arguments) > 6 else 1
     rows = surgeon.labels(node)
-    if groups == 1 or not surgeon.changed(rows):
-        return
     vec = vector(rows, 1)
-    assert vec is not None
+    if groups == 1 or vec is None or not surgeon.changed(rows):  # None: heads along the batch share it
+        return
     kept = int(surgeon.stays[vec].reshape(groups, -1).any(1).sum())
     if kept != groups:
         surgeon.groups[str(arguments[1].target)] = kept

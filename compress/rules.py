@@ -257,14 +257,24 @@ def _follow(ledger: Ledger, activation: Value, weight: Value, shape: Sequence[in
             ledger.pin(aligned, why, doubtful=met is None)
         else:
             ledger.tie(met, own)
+    _meet_what_stays(ledger, labels, weight)
     return labels.expand(shape)
+
+
+def _meet_what_stays(ledger: Ledger, labels: Tensor, weight: Value) -> None:
+    """Channels along an axis on which a parameter is as wide but has none of its own to follow stay."""
+    layers = [_rank(layer, labels.dim()) for layer in weight.layers]
+    for dim in varying(labels):
+        if layers[0].shape[dim] > 1 and not any(dim in varying(layer) for layer in layers):
+            ledger.pin(labels, "meets a parameter that stays")
 
 
 def _lie_beside(ledger: Ledger, labels: Tensor, aligned: Tensor) -> None:
     """A parameter whose axes are not the channels' own stays as it is."""
+    untold = bool((core(labels) < 0).any())
     for dim in varying(aligned):
         if labels.shape[dim] == aligned.shape[dim]:
-            ledger.pin(aligned, "meets channels that stay")
+            ledger.pin(aligned, "meets channels that stay", doubtful=untold)
         else:
             ledger.pin(labels, "one channel is broadcast over several")
 

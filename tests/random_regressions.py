@@ -11,6 +11,10 @@ from random_parts import Block
 REGRESSIONS: dict[str, Network] = {
     # one kept channel: torch.einsum multiplies without a product that the counter sees
     "einsum cut to one channel": Network((Block("linear", "einsum", 4),), width=4, seed=90),
+    # a parameter whose channels were pinned in one round let go of what it met in the next
+    "a position after a maxout": Network(
+        (Block("conv", "plain", 8), Block("act", "maxout", 8), Block("position", "full", 8)), width=8
+    ),
     # the cut channels are those that nothing reads
     "channels that nothing reads": Network((Block("slice", "middle", 4),), width=12, head="normed", seed=91),
 }

@@ -209,6 +209,26 @@ def test_windows_do_not_hide_heads() -> None:
     assert heads_of(check_cut(randomise(Windows()), (x,)), "inner.qkv.weight") == HEADS
 
 
+def test_a_depthwise_conv_over_heads_in_the_batch_is_shared_by_them() -> None:
+    """As MViT pools queries and keys: (batch * heads, dim, tokens)."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.pool = Attention(self.attend), nn.Conv1d(DIM, DIM, 3, padding=1, groups=DIM)
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            rows = k.mT.reshape(-1, DIM, TOKENS)
+            return plain(q, self.pool(rows).reshape(-1, HEADS, DIM, TOKENS).mT, v)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    done = check_cut(randomise(Pooled()), INPUT)
+    assert heads_of(done, "inner.qkv.weight") == HEADS
+    assert any("share" in pin.reason and "pool.weight" in pin.parameters for pin in done.cmap.pinned)
+
+
 @pytest.mark.parametrize("attend", [plain, fused, written_out, merged], ids=lambda f: f.__name__)
 def test_dimensions_inside_heads_on_request(attend: Callable[..., Tensor]) -> None:
     traced = with_gates(trace(randomise(Attention(attend)), INPUT))
