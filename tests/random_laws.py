@@ -128,8 +128,22 @@ def _wide_leaves(net: nn.Module, done: Cut) -> list[Tensor]:
     return outputs(copy.deepcopy(net).double(), inputs)
 
 
+def _takes_gradients(net: nn.Module, done: Cut) -> bool:
+    """Whether autograd follows the network: one in-place ReLU right behind another is beyond it."""
+    leaves = _leaves(net.train(), done)
+    try:
+        torch.autograd.backward([leaf.square().sum() for leaf in leaves])
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        return False
+    return True
+
+
 def _trains(done: Cut) -> None:
     """A step of SGD on the dense network changes most of what the loss depends on."""
+    if not _takes_gradients(copy.deepcopy(done.traced.net), done):
+        return
     net = copy.deepcopy(done.dense).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
     loss = sum(leaf.square().sum() for leaf in _leaves(net, done))
