@@ -32,7 +32,8 @@ RUN = settings(
     print_blob=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-REMOVING = 0.7  # least share of the networks of one kind in which units were removed; 0.92 over all kinds
+REMOVING = 0.8  # least share of networks in which units were removed
+REMOVING_OF_A_KIND = 0.5  # the same where every network has, say, a norm over channels
 PRODUCTS = {"matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 OPTIONS = [f"{kind}.{option}" for kind, table in {**MAPS, **TOKENS, **NESTED}.items() for option in table]
 
@@ -82,7 +83,7 @@ def test_networks_with(kind: str) -> None:
     """Together more than 1,000 networks; units were removed from most, and through every kind of block."""
     outcomes = check_many(PER_KIND, kind)
     assert len(outcomes) == PER_KIND
-    assert sum(o.removed_units > 0 for o in outcomes) >= REMOVING * PER_KIND
+    assert sum(o.removed_units > 0 for o in outcomes) >= REMOVING_OF_A_KIND * PER_KIND
     passed = {name.partition(".")[0] for o in outcomes for name in o.passed}
     assert kind in passed or all(
         f"{kind}.{option}" in PINNED for option in {**MAPS, **TOKENS, **NESTED}[kind]
