@@ -78,17 +78,12 @@ def channel_map(
     return _finish(ledger, env, component, traced)
 
 
-def _alive_labels(ledger: Ledger, component: np.ndarray) -> np.ndarray:
-    """Which labels belong to a removable unit; bool (labels,)."""
-    alive: np.ndarray = _units(ledger, component) >= 0
-    return alive
-
-
 def _finish(ledger: Ledger, env: dict[fx.Node, Any], component: np.ndarray, traced: Traced) -> ChannelMap:
-    nodes = {node.name: labels_of(value) for node, value in env.items()}
+    unit_of_label = _units(ledger, component)
+    ledger.alive = torch.from_numpy(unit_of_label >= 0)
+    nodes = {node.name: labels_of(value, ledger) for node, value in env.items()}
     names = dict.fromkeys(str(node.target) for node in env if node.op == "get_attr")
     tensors = {name: get_tensor(traced.net, name) for name in names}
-    unit_of_label = _units(ledger, component)
     axes = {key: unit_of_label[labels.start : labels.stop] for key, labels in ledger.axes.items()}
     axes = {key: units for key, units in axes.items() if (units >= 0).any()}
     read = np.zeros(ledger.issued, dtype=bool)

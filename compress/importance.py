@@ -9,6 +9,8 @@ it. A unit with several members (a residual stream) adds their gates first and i
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +22,25 @@ from compress.errors import ModelError
 from compress.trace import get_tensor
 
 CACHED = 2**16  # numbers of a product that stay in the processor's cache
+
+
+@contextlib.contextmanager
+def scored(net: nn.Module, cmap: ChannelMap, trained: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, all that reads units takes gradients; afterwards what is not trained has none again.
+
+    What is frozen, and the gates of `compress.gates`, are scored but never trained.
+    """
+    owned = {id(tensor) for tensor in trained}
+    reads = [get_tensor(net, name) for name in sorted({name for name, _ in cmap.reads})]
+    resting = [tensor for tensor in reads if id(tensor) not in owned]
+    for tensor in resting:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in resting:
+            tensor.requires_grad_(False)
+            tensor.grad = None
 
 
 def read_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:

@@ -26,7 +26,7 @@ from compress import seeds
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import Interrupted
-from compress.importance import Taylor, magnitude, random
+from compress.importance import Taylor, magnitude, random, scored
 from compress.select import Space, remove
 from compress.surgery import mask
 from compress.task import Batch, Task, move
@@ -150,9 +150,6 @@ class _Run:
             self.parameters.values(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
         self.taylor = Taylor(cmap, config.ema)
-        reads = [get_tensor(net, name) for name in sorted({name for name, _ in cmap.reads})]
-        owned = {id(parameter) for parameter in self.parameters.values()}
-        self.resting = [tensor for tensor in reads if id(tensor) not in owned]  # scored, but never trained
         self.count = config.units_per_step or math.ceil(STEP_SHARE * cmap.units)
         self.columns = {name: get_tensor(net, name).detach().clone() for name, _ in cmap.reads}
         self.state = _State()
@@ -274,8 +271,15 @@ class _Run:
     def _minibatch(self) -> float:
         """One training step; removed units stay at zero."""
         self.net.train()
-        for tensor in self.resting:
-            tensor.requires_grad_(True)
+        with scored(self.net, self.cmap, self.parameters.values()):
+            value = self._backward()
+        self.optimizer.step()
+        mask(self.net, self.cmap, self.keep)
+        self.state.minibatches += 1
+        return value
+
+    def _backward(self) -> float:
+        """Gradients of one minibatch, added to the scores; the loss. Raises where it is not finite."""
         loss = self.task.loss(self.net, move(self._next_batch(), self.device))
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -289,12 +293,6 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if self.config.criterion == "taylor":
             self.taylor.accumulate(self.net)
-        for tensor in self.resting:
-            tensor.requires_grad_(False)
-            tensor.grad = None
-        self.optimizer.step()
-        mask(self.net, self.cmap, self.keep)
-        self.state.minibatches += 1
         return value
 
     def _next_batch(self) -> Batch:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from compress.cost import class_counts, cost_model, layers
-from compress.importance import Taylor, magnitude, random
+from compress.importance import Taylor, magnitude, random, scored
 from compress.inspection import build, choices, kept_names, labelled, pinned_rows
 from compress.select import remove
 from compress.steps import Events, Work
@@ -62,7 +62,8 @@ def _taylor(net: Any, cmap: Any, task: Task, minibatches: int, events: Events) -
     importance = Taylor(cmap)
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)
-        task.loss(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        importance.accumulate(net)
+        with scored(net, cmap, [p for p in net.parameters() if p.requires_grad]):
+            task.loss(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            importance.accumulate(net)
         events.progress("plan", number, minibatches, "scoring")
     return importance.scores()

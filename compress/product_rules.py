@@ -82,13 +82,12 @@ def _kind(ledger: Ledger) -> str:
 def _whole_heads(ledger: Ledger, a: _Factor, b: _Factor, heads: str) -> Tensor:
     """Tie everything at one head's coordinate; one label per head, flat."""
     found: list[Tensor] = []
+    count = prod(max(a.size(x), b.size(x)) for x in heads)
     for factor in (a, b):
         if not factor.moving & set(heads) and all(factor.size(x) == 1 for x in heads):
             ledger.pin(factor.labels, "all heads share it")
             continue
-        full = _Factor(factor.labels.expand(factor.labels.shape), factor.letters)
-        matrix = full.by(heads)
-        count = prod(max(a.size(x), b.size(x)) for x in heads)
+        matrix = factor.by(heads)
         matrix = matrix.expand(count, -1) if matrix.shape[0] == 1 else matrix
         if matrix.shape[0] != count:  # heads on two axes, along one of which a factor does not vary
             ledger.pin(factor.labels, "heads on two axes", doubtful=True)
@@ -97,9 +96,7 @@ def _whole_heads(ledger: Ledger, a: _Factor, b: _Factor, heads: str) -> Tensor:
         found.append(matrix[:, 0])
     if len(found) == 2:
         ledger.tie(found[0], found[1])
-    if not found:
-        return torch.zeros(prod(max(a.size(x), b.size(x)) for x in heads), dtype=torch.int64)
-    return found[0]
+    return found[0] if found else torch.zeros(count, dtype=torch.int64)
 
 
 def _every_head_alike(ledger: Ledger, factor: _Factor, heads: str) -> _Factor:

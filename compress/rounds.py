@@ -77,7 +77,6 @@ def run(
             produced = torch.from_numpy(flags(component, ledger.produced)[component])
             ledger.begin(called, produced)
             env = _round(ledger, traced)
-            component = _components(ledger)
     return ledger, env, component
 
 

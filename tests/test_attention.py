@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from compress.channelmap import channel_map
 from compress.gates import with_gates
-from compress.importance import read_gates
+from compress.importance import read_gates, scored
 from compress.labels import Granularity
-from compress.trace import trace
+from compress.trace import get_tensor, trace
 
 TOKENS, WIDTH, HEADS, DIM = 5, 12, 3, 4
 
@@ -283,3 +283,17 @@ def test_norms_over_channels_on_request_are_marked_inexact() -> None:
     with pytest.raises(AssertionError, match="relative error"):
         assert_exact(done)
     assert_costs(done)
+
+
+def test_gates_and_frozen_readers_are_scored_and_left_as_they_were() -> None:
+    model = randomise(Attention(plain))
+    model.proj.requires_grad_(False)
+    traced = with_gates(trace(model, INPUT))
+    cmap = channel_map(traced, granularity=Granularity(attention="dims"))
+    with scored(traced.net, cmap, [p for p in traced.net.parameters() if p.requires_grad]):
+        traced.net(*INPUT).square().sum().backward()
+        assert (read_gates(traced.net, cmap) != 0).all()
+    for name in ("proj.weight", "_gate_matmul"):
+        tensor = get_tensor(traced.net, name)
+        assert tensor.grad is None
+        assert not tensor.requires_grad
