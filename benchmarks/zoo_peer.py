@@ -11,13 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import os
-import resource
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import zoo_models
 from benchmarks.zoo_models import Spec
+from benchmarks.zoo_process import Row, alone
 
 RATIO = 0.5
 ROUND_TO = 8
@@ -33,49 +30,6 @@ TOLERANCE = 1e-4
 
 Removed = dict[tuple[str, int], set[int]]
 """(parameter, dimension) -> the indices that left."""
-
-
-class Row:
-    """The row as it grows: every stage's seconds, its error, the peak memory."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.data: dict[str, Any] = {"tool": "torch_pruning", "key": spec.key, "errors": {}}
-
-    def tell(self, **found: Any) -> None:
-        self.data |= found
-        self.data["peak_rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        sys.stdout.write(json.dumps(self.data) + "\n")
-        sys.stdout.flush()
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.tell(stage=name)
-        start = time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-            self.data["errors"][name] = f"{type(error).__name__}: {lines[0][:300]}"
-            raise
-        finally:
-            self.tell(**{f"{name}_s": round(time.perf_counter() - start, 3)})
-
-
-def main() -> None:
-    import logging
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    spec = zoo_models.find(sys.argv[1])
-    row = Row(spec)
-    with contextlib.suppress(Exception):  # it stands in the row
-        sweep(spec, row)
-    row.tell(stage="done", **verdict(row.data))
 
 
 def sweep(spec: Spec, row: Row) -> None:
@@ -265,4 +219,4 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    alone(lambda spec: {"tool": "torch_pruning", "key": spec.key}, sweep, verdict)

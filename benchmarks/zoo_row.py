@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import zoo_models
 from benchmarks.zoo_models import Spec
+from benchmarks.zoo_process import Row, alone
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,59 +40,6 @@ TOLERANCE_FLOAT64 = 1e-11
 TOLERANCE_PARITY = 1e-4
 MOVEMENT = 1000
 PINS = 8
-
-
-class Row:
-    """The row as it grows: every stage's seconds, its error, the peak memory."""
-
-    def __init__(self, spec: Spec) -> None:
-        self.data: dict[str, Any] = {"key": spec.key, "family": spec.family, "part": spec.part, "errors": {}}
-
-    def tell(self, **found: Any) -> None:
-        """Add fields and print the row."""
-        self.data |= found
-        self.data["peak_rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        sys.stdout.write(json.dumps(self.data) + "\n")
-        sys.stdout.flush()
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; what it raises is noted and goes on."""
-        self.tell(stage=name)
-        start = time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            self.data["errors"][name] = explain(error)
-            raise
-        finally:
-            self.tell(**{f"{name}_s": round(time.perf_counter() - start, 3)})
-
-
-def explain(error: Exception) -> str:
-    """The error's class, its first line, and the innermost line of code."""
-    import traceback
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {lines[0][:300]} ({Path(frame.filename).name}:{frame.lineno})"
-
-
-def main() -> None:
-    import logging
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    spec = zoo_models.find(sys.argv[1])
-    row = Row(spec)
-    with contextlib.suppress(Exception):  # it stands in the row
-        sweep(spec, row)
-    row.tell(stage="done", **verdict(row.data))
 
 
 def sweep(spec: Spec, row: Row) -> None:
@@ -375,4 +321,4 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    alone(lambda spec: {"key": spec.key, "family": spec.family, "part": spec.part}, sweep, verdict)
