@@ -32,7 +32,6 @@ PINNED = {
     # not followed: a rule could be written
     "conv.weight_norm": COMPUTED,
     "conv.matmul": "meets channels that stay",
-    "act.maxout": "meets channels that stay",
     "pad.zeros": "zeros_like makes a constant of its shape",
     "linear.einsum_heads": "meets channels that stay",
     "linear.low_rank": COMPUTED,
@@ -42,6 +41,5 @@ WHOLE_HEADS_PINNED = {
     "attention.learned_queries": "meets channels that stay",
     "attention_norm.sub": f"layer_norm {STATISTICS}",
     "attention_group.multi_query_expanded": "one channel is broadcast over several",
-    "attention_linear.relu": "meets channels that stay",
 }
 """Attention whose heads stay."""
