@@ -58,7 +58,7 @@ def sweep(spec: Spec, row: Row) -> None:
     size = sum(p.numel() for p in subject.parameters())
     row.tell(inputs=[list(x.shape) for x in inputs], params=size, finite=sound)
     traced, around = traced_by(row, spec, model, inputs)
-    cmap = labelled(row, traced)
+    traced, cmap = labelled(row, traced)
     keep = chosen(row, traced, cmap)
     masked, dense = surgery(row, traced, cmap, keep)
     compared(row, traced, masked, dense, size)
@@ -123,20 +123,23 @@ def whole(row: Row, around: Whole, nets: tuple[GraphNet, GraphNet, GraphNet]) ->
     )
 
 
-def labelled(row: Row, traced: Traced) -> ChannelMap:
+def labelled(row: Row, traced: Traced) -> tuple[Traced, ChannelMap]:
     from compress.channelmap import channel_map
+    from compress.folding import folded
 
     with row.stage("label"):
+        traced = folded(traced)
         cmap = channel_map(traced)
     pins = sorted(cmap.pinned, key=lambda p: -p.channels)
     row.tell(
         units=cmap.units,
+        folded=len(traced.folded),
         pinned_channels=sum(p.channels for p in pins),
         pinned=[
             {"reason": p.reason, "op": p.op, "source": p.source, "channels": p.channels} for p in pins[:PINS]
         ],
     )
-    return cmap
+    return traced, cmap
 
 
 def chosen(row: Row, traced: Traced, cmap: ChannelMap) -> np.ndarray:

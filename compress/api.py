@@ -37,7 +37,9 @@ from compress.trace import GraphNet, Traced, eval_mode, from_program
 @dataclass(frozen=True)
 class Result:
     """What a pruning did. macs and params: (before, after), of the part where there is one; one
-    multiply-add is one MAC. whole: the proof for the model around the part, None where all of it is pruned.
+    multiply-add is one MAC. unreached: parameters that no eval-mode computation reads. folded: weights that
+    the model computes and that are plain parameters of the dense one. whole: the proof for the model around
+    the part, None where all of it is pruned.
     """
 
     plan: Plan
@@ -49,6 +51,7 @@ class Result:
     layers: tuple[Layer, ...]
     pinned: tuple[PinnedChannels, ...]
     unreached: tuple[str, ...]
+    folded: tuple[str, ...]
     verification: Verification
     whole: Verification | None = None
 
@@ -173,6 +176,7 @@ def _result(
         layers(cmap, done.keep),
         cmap.pinned,
         traced.unreached,
+        tuple(name for name, _ in traced.folded),
         proof,
         whole,
     )
@@ -200,10 +204,12 @@ def _check_prunable(cmap: ChannelMap) -> None:
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    """A copy; results of earlier calls that modules remember (weight_norm's weight) are copied detached."""
+    remembered = [x for m in model.modules() for x in vars(m).values() if isinstance(x, Tensor)]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(x): x.detach().clone() for x in remembered if not x.is_leaf})
     except Exception as error:  # whatever the model's own __deepcopy__, or torch, makes of it
-        fix = "prune it with in_place=True; with weight_norm, use nn.utils.parametrizations.weight_norm"
+        fix = "prune it with in_place=True, or take what it remembers of earlier calls out of the modules"
         raise ModelError(f"cannot be copied: {first_line(error)[:80]}", type(model).__name__, fix) from error
 
 

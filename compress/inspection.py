@@ -18,6 +18,7 @@ from compress.channelmap import ChannelMap, channel_map
 from compress.config import ModelConfig, PruneConfig
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError, did_you_mean
+from compress.folding import folded
 from compress.gates import with_gates
 from compress.importance import magnitude
 from compress.labels import Granularity, short_name
@@ -96,10 +97,15 @@ def keep_names(net: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 def labelled(
     traced: Traced, keep: Sequence[str], config: PruneConfig, *, in_place: bool = False
 ) -> tuple[Traced, ChannelMap]:
-    """The traced model, with gates where they are needed, and its units as the `prune` section wants them.
+    """The traced model and its units as the `prune` section wants them.
 
+    Computed weights are folded into plain ones, unless the user's own module is to be cut, which goes on
+    computing them; gates are put in where they are needed. A folded weight of a kept parameter is kept.
     grouped_convs "auto" takes what gives more units: whole groups, or the same offset of every group.
     """
+    if config.fold_weights and not in_place:
+        traced = folded(traced)
+        keep = [*keep, *(name for name, origins in traced.folded if set(origins) & set(keep))]
     if config.attention == "dims":
         traced = with_gates(traced)
     kinds: list[Literal["offsets", "groups"]] = ["offsets", "groups"]
@@ -179,6 +185,7 @@ def inspect(
         "couplings": couplings(cmap),
         "pinned": pinned_rows(cmap),
         "unreached": list(traced.unreached),
+        "folded": [name for name, _ in traced.folded],
         "ratios": [_ratio(traced, cmap, ratio) for ratio in ratios] if cmap.units else [],
     }
 

@@ -262,8 +262,8 @@ def dense(
     at %= meta.dim()
     macs = multiply_adds(ledger, node, args, {})
     if not weight.weight:
-        ledger.pin_value(x, "its weight is computed from activations")
-        ledger.pin_value(weight, "its weight is computed from activations")
+        ledger.pin_value(x, "its weight is computed, not a parameter")
+        ledger.pin_value(weight, "its weight is computed, not a parameter")
         ledger.cost("linear", "", macs)
         return fixed(meta)
     labels = as_activation(ledger, x)
@@ -337,8 +337,8 @@ def _convolution(
     kind: str,
 ) -> Value:
     if not weight.weight:
-        ledger.pin_value(x, "its weight is computed from activations")
-        ledger.pin_value(weight, "its weight is computed from activations")
+        ledger.pin_value(x, "its weight is computed, not a parameter")
+        ledger.pin_value(weight, "its weight is computed, not a parameter")
         ledger.cost(kind, "", macs)
         return fixed(meta)
     labels = as_activation(ledger, x)

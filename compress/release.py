@@ -141,13 +141,14 @@ def gather(work: Work) -> dict[str, Any]:
         "pruning": {
             k: v
             for k, v in pruned.items()
-            if k not in ("cost", "layers", "pinned", "verification", "accuracy")
+            if k not in ("cost", "layers", "pinned", "folded", "verification", "accuracy")
         },
         "train": before["training"],
         "finetune": after["training"],
         "layers": pruned["layers"],
         "pinned": pruned["pinned"],
         "unreached": before["unreached"],
+        "folded": pruned["folded"],
         "verification": pruned["verification"],
         "parity": exported["parity"],
         "latency": bench["latency"],

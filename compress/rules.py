@@ -85,9 +85,7 @@ _POINTWISE_UNTAGGED = frozenset(
 )
 """Element-wise ops that PyTorch does not tag `pointwise`."""
 
-_ZERO_STAYS_ZERO = frozenset(
-    ("contiguous", "detach", "alias", "clone", "to", "_to_copy", "mul", "neg", "abs")
-)
+ZERO_STAYS_ZERO = frozenset(("contiguous", "detach", "alias", "clone", "to", "_to_copy", "mul", "neg", "abs"))
 """Element-wise ops of a weight after which a column that the mask has zeroed is still zero."""
 
 
@@ -191,7 +189,7 @@ def pointwise(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[s
     keep_name = (
         total.name if len(values) == 1 and short_name(node) in ("contiguous", "detach", "alias") else ""
     )
-    computed = any(v.computed for v in values) or short_name(node) not in _ZERO_STAYS_ZERO
+    computed = any(v.computed for v in values) or short_name(node) not in ZERO_STAYS_ZERO
     return Value(layers, meta, name=keep_name, weight=total.weight, computed=total.weight and computed)
 
 

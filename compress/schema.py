@@ -184,6 +184,9 @@ class PruneConfig(Section):
     grouped_convs: Literal["auto", "offsets", "groups"] = Field(
         default="auto", description="the same offset of every group leaves, or whole groups; auto: the finer"
     )
+    fold_weights: bool = Field(
+        default=True, description="computed weights (weight norm, standardisation) become plain ones"
+    )
     inexact_norms: bool = Field(
         default=False, description="prune through LayerNorm and RMSNorm although that changes the result"
     )

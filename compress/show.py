@@ -160,6 +160,8 @@ def show_inspect(console: Console, found: Data) -> None:
     _pinned(console, found)
     unreached = [(name,) for name in found.get("unreached") or ()]
     _titled(console, "parameters the traced graph does not reach", ("parameter",), unreached)
+    folded = [(name,) for name in found.get("folded") or ()]
+    _titled(console, "weights that are computed, and become plain parameters", ("weight",), folded)
     _titled(
         console,
         "what a target would leave (by weight magnitude)",

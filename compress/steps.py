@@ -230,10 +230,12 @@ def prune_stage(work: Work) -> Done:
         checkpoint=work.checkpoint("prune"), should_stop=work.should_stop, progress=show,
     )  # fmt: skip
     seconds = (datetime.now(UTC) - started).total_seconds()
-    return _write_pruned(work, cmap, where, pruned, seconds)
+    return _write_pruned(work, cmap, where, pruned, seconds, [name for name, _ in traced.folded])
 
 
-def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float) -> Done:
+def _write_pruned(
+    work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float, folded: list[str]
+) -> Done:
     dense, plan = cut(pruned.masked, cmap, pruned.keep)
     proof = verify(
         pruned.unmasked.cpu(),
@@ -267,6 +269,7 @@ def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, se
         "cost": _costs(cmap, counts),
         "layers": [asdict(layer) for layer in layers(cmap, pruned.keep)],
         "pinned": pinned_rows(cmap),
+        "folded": folded,
         "verification": asdict(proof),
         "accuracy": work.test(dense),
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compress.channelmap import ChannelMap
 from compress.errors import ModelError
+from compress.folding import is_computed
 from compress.plan import Plan, make_plan
 from compress.product_rules import is_gated
 from compress.proof import Verification, relative_error, verify
@@ -116,6 +117,12 @@ def apply_plan(plan: Plan, module: nn.Module) -> nn.Module:
             fix="prune with in_place=True, or use the dense graph instead of the module",
         )
     for name, shape in plan.shapes.items():
+        if is_computed(module, name):
+            raise ModelError(
+                f"{name} is a plain weight in the plan, and the model computes it",
+                fix="use the dense graph, or take the computation off first "
+                "(torch.nn.utils.parametrize.remove_parametrizations)",
+            )
         try:
             found = tuple(get_tensor(module, name).shape)
         except AttributeError:

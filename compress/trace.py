@@ -65,12 +65,14 @@ class Traced:
     net: the graph, in eval mode. example: the input tensors it was traced with (batch of 2 or more).
     unreached: parameters and buffers of the model that no eval-mode computation reads.
     aliases: other names of tied parameters -> the name the graph uses.
+    folded: weights of the net that the model computes, and the parameters it computes them from.
     """
 
     net: GraphNet
     example: tuple[Tensor, ...]
     unreached: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    folded: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 def trace(model: nn.Module, example: Sequence[Tensor]) -> Traced:

@@ -106,6 +106,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "pinned": tables.pinned(results),
         "unreached": [str(name) for name in entries(results, "unreached")],
+        "folded": [str(name) for name in entries(results, "folded")],
         "facts": tables.facts(results),
         "artifacts": tables.artifacts(results),
         "versions": tables.flat("Package", section(provenance, "versions")),
@@ -218,6 +219,12 @@ def _notes(results: Mapping[str, Any], verdict: str) -> list[str]:
     unreached = len(entries(results, "unreached"))
     if unreached:
         notes.append(f"Parameters outside the traced graph: {unreached}. They are listed under “Pinned”.")
+    folded = len(entries(results, "folded"))
+    if folded:
+        notes.append(
+            f"Weights that the model computed and that were fine-tuned as plain ones: {folded}. "
+            "They are listed under “Pinned”."
+        )
     return notes
 
 

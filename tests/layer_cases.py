@@ -216,13 +216,13 @@ CONTRACTIONS = [
     Case(
         "conv2d",
         lambda n, y: functional.conv2d(y, torch.cat([n.w, n.v])),
-        "computed from activations",
+        "computed, not a parameter",
         parts=lambda: {"w": param(2, CHANNELS, 1, 1), "v": param(3, CHANNELS, 1, 1)},
     ),
     Case(
         "conv2d",
         lambda n, y: functional.conv2d(y, pooled(y)[:1].expand(4, -1, -1, -1)),
-        "computed from activations",
+        "computed, not a parameter",
     ),
     *each(
         "conv_transpose1d conv_transpose2d conv_transpose3d",

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from compress.channelmap import ChannelMap, channel_map
 from compress.cost import class_counts, cost_model
+from compress.folding import folded
 from compress.gates import with_gates
 from compress.labels import Granularity, core, short_name
 from compress.plan import from_json
@@ -53,7 +54,9 @@ class Outcome:
 def check(network: Network) -> Outcome:
     """Build, cut at a random mask, and require every law. Raises whatever breaks first."""
     model = randomise(build(network), network.seed)
-    traced = trace(model, (example_of(network),))
+    unfolded = trace(model, (example_of(network),))
+    traced = folded(unfolded)
+    _same_numbers(unfolded, traced)
     cmap = channel_map(traced)
     done = _moving_cut(traced, cmap, network.seed)
     _costs(done)
@@ -62,6 +65,12 @@ def check(network: Network) -> Outcome:
     _trains(done)
     _other_units(traced, network.seed)
     return outcome(model, done)
+
+
+def _same_numbers(unfolded: Traced, traced: Traced) -> None:
+    """Folding weights changes no bit."""
+    results = [torch.utils._pytree.tree_leaves(t.net(*t.example)) for t in (unfolded, traced)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def _moving_cut(traced: Traced, cmap: ChannelMap, seed: int) -> Cut:

@@ -6,7 +6,6 @@ An option that becomes prunable is taken off here: tests/test_random_networks.py
 from __future__ import annotations
 
 STATISTICS = "takes its statistics over the channels"
-COMPUTED = "its weight is computed from activations"
 ALONE = "all leave together: nothing would remain"
 
 PINNED = {
@@ -30,11 +29,9 @@ PINNED = {
     "move.reshape_across": "softmax runs over the channels",
     "pad.crop_channels": "padding takes channels away",
     # not followed: a rule could be written
-    "conv.weight_norm": COMPUTED,
     "conv.matmul": "meets channels that stay",
     "pad.zeros": "zeros_like makes a constant of its shape",
     "linear.einsum_heads": "meets channels that stay",
-    "linear.low_rank": COMPUTED,
     "linear.grouped": "meets channels that stay",
 }
 WHOLE_HEADS_PINNED = {

@@ -88,6 +88,7 @@ DEFAULTS: dict[str, Any] = {
         "keep": [],
         "attention": "heads",
         "grouped_convs": "auto",
+        "fold_weights": True,
         "inexact_norms": False,
         "max_loss_increase": None,
         "max_accuracy_drop": None,

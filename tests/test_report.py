@@ -152,6 +152,7 @@ def example() -> dict[str, Any]:
             },
         ],
         "unreached": [],
+        "folded": [],
         "verification": {
             "relative_error": 3.1e-15,
             "movement": 0.412,
@@ -459,6 +460,7 @@ def check_markdown(markdown: str) -> None:
         ("data", "Provenance"),
         ("pinned", "Pinned"),
         ("unreached", "Pinned"),
+        ("folded", "Pinned"),
         ("train", "Fine-tuning"),
         ("command", "Provenance"),
     ],
@@ -474,7 +476,7 @@ def test_a_missing_part_is_said_to_be_missing(
         found = report.render({**few, key: absent})
     page = seen(found.html)
     assert where in page
-    quiet = {"unreached", "train", "pinned", "gates", "provenance"}
+    quiet = {"unreached", "folded", "train", "pinned", "gates", "provenance"}
     assert key in quiet or "not measured" in page or "not recorded" in page
     if key == "gates":
         assert "NO GATES" in page
@@ -505,6 +507,7 @@ def test_what_must_be_known_is_next_to_the_verdict(results: dict[str, Any]) -> N
     bad["parity"][0] |= {"passed": False}
     bad["latency"][0]["warnings"] = ["too few samples"]
     bad["unreached"] = ["aux.weight"]
+    bad["folded"] = ["stem.weight"]
     page = report.render(bad).html
     banner = seen(page[page.index("<header") : page.index("</header>")])
     assert "does not compute what the masked original computes. Do not ship it." in banner
@@ -512,6 +515,8 @@ def test_what_must_be_known_is_next_to_the_verdict(results: dict[str, Any]) -> N
     assert "Parity checks that fail: 1." in banner
     assert "Latency measurements with a warning: 1 of 2." in banner
     assert "Parameters outside the traced graph: 1." in banner
+    assert "Weights that the model computed and that were fine-tuned as plain ones: 1." in banner
+    assert seen(page).count("stem.weight") == 1
     assert "torch, batch 1, original: too few samples" in seen(page)
     assert "aux.weight" in seen(page)
 
