@@ -135,6 +135,9 @@ class TrainConfig(Section):
     distill: DistillConfig | None = Field(
         default=None, description="{alpha: 0.5, temperature: 4} learns from the original too"
     )
+    ema: BelowOne = Field(
+        default=0.0, description="evaluate and keep running averages of the weights, of this decay; 0 is off"
+    )
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
         default="auto", description="mixed precision: auto, off, bf16, fp16"
     )

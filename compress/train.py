@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compress import checkpoint as disk
 from compress import seeds
@@ -88,7 +89,8 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place and leave it, on ``device`` and in eval mode, with its best epoch's weights.
 
-    Best is the highest validation value, then the lowest validation loss, then the earliest epoch.
+    Best is the highest validation value, then the lowest validation loss, then the earliest epoch. With
+    ``config.ema`` it is the running average of the weights that is evaluated and kept.
 
     checkpoint: a folder. A run with the same config, task, seed and initial weights that finds its state
     there goes on from it; another run's state is replaced. It is written each epoch, every
@@ -173,6 +175,7 @@ class _Run:
             raise ModelError("no parameter of the model can be trained", "train", "set requires_grad on some")
         self.optimizer = _optimizer(config, list(self.parameters.values()))
         self.objective = Objective(loss_of(task, config), config, teacher, device)
+        self.average = _average(model, config.ema) if config.ema else None
         self.at = _Position()
         self.best = _copy_of(model)
         self.identity = _identity(self.best, task, config, seed, teacher)
@@ -189,6 +192,8 @@ class _Run:
             self.message = f"the checkpoint in {self.folder} is of another run and is replaced"
             return
         _copy_into(self.model, disk.under(found.tensors, "model/"))
+        if self.average is not None:
+            _copy_into(self.average, disk.under(found.tensors, "average/"))
         self.at = _Position.from_json(found.state["position"])
         if self.at.best_epoch:
             self.best = disk.under(found.tensors, "best/")
@@ -222,6 +227,8 @@ class _Run:
         tensors = disk.prefixed("model/", self.model.state_dict())
         if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
             self._diverge("a weight")
+        if self.average is not None:
+            tensors |= disk.prefixed("average/", self.average.state_dict())
         if self.at.best_epoch:
             tensors |= disk.prefixed("best/", self.best)
         for name, parameter in self.parameters.items():
@@ -263,6 +270,8 @@ class _Run:
         self.objective.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.objective.scaler.step(self.optimizer)
         self.objective.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         self.at.step += 1
         self.at.loss_sum += value
         message, self.message = self.message, ""
@@ -271,14 +280,15 @@ class _Run:
     def _evaluate(self) -> None:
         at, steps = self.at, self.task.batches_per_epoch
         lr = learning_rate(self.config, at.epoch * steps - 1, steps)
+        model = self.model if self.average is None else self.average.module
         with seeds.isolated(seeds.derive(self.seed, "validation", at.epoch), self.device):
-            found = self.task.evaluate(self.model, "validation")
+            found = self.task.evaluate(model, "validation")
         if not (math.isfinite(found.loss) and math.isfinite(found.value)):
             self._diverge(f"the validation loss ({found.loss})")
         at.history.append(Epoch(at.epoch, at.loss_sum / steps, found.value, found.loss, lr, 0.0))
         if at.best_epoch == 0 or (found.value, -found.loss) > (at.best_value, -at.best_loss):
             at.best_epoch, at.best_value, at.best_loss = at.epoch, found.value, found.loss
-            self.best = _copy_of(self.model)
+            self.best = _copy_of(model)
 
     def _stop(self) -> None:
         self.save()
@@ -306,6 +316,24 @@ def _optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.opt
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving averages of weights and batch-norm statistics, one update per step.
+
+    Early on the decay is (1 + n) / (10 + n) after n updates, so that the start is soon forgotten.
+    """
+
+    def update(averages: Any, weights: Any, count: Any) -> None:
+        if not averages[0].is_floating_point():  # counters and index tables
+            for average, value in zip(averages, weights, strict=True):
+                average.copy_(value)
+            return
+        given = min(decay, (1 + int(count)) / (10 + int(count)))
+        get_ema_multi_avg_fn(given)(averages, weights, count)  # type: ignore[no-untyped-call]
+
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return average.requires_grad_(False)
 
 
 def _set_optimizer_state(

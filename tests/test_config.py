@@ -47,6 +47,7 @@ TRAIN = {
     "warmup_epochs": 0.0,
     "label_smoothing": 0.0,
     "distill": None,
+    "ema": 0.0,
     "amp": "auto",
 }
 DEFAULTS: dict[str, Any] = {

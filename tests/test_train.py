@@ -67,6 +67,21 @@ def hard(**given: Any) -> TrainConfig:
     return TrainConfig(**(base | {"label_smoothing": 0.1} | given))
 
 
+class Indexed(nn.Module):
+    """Reads its input through a table of integers, which no average may touch."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(784, 10)
+        self.register_buffer("table", torch.arange(784).flip(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(x.flatten(1)[:, self.table])
+        return found
+
+
 class StopAfter:
     """Says stop once this many steps were done."""
 
@@ -156,6 +171,26 @@ class TestLearning:
         )  # the tie is broken by the loss, then by the earlier
         assert_same(weights(model), seen[2])
         assert [epoch.epoch for epoch in result.history] == [1, 2, 3, 4, 5]
+
+    def test_running_averages_are_evaluated_and_kept(self) -> None:
+        task = replace(small_task(), batches_per_epoch=4)
+        images = [batch for batch, _ in zip(task.train_batches(1, 0), range(4), strict=False)]
+        config = TrainConfig(epochs=1, lr=0.1, momentum=0.0, schedule="constant", weight_decay=0.0, ema=0.3)
+        model, twin = Indexed(), Indexed()
+        twin.load_state_dict(model.state_dict())
+        train(model, task, config)
+        average = weights(twin)
+        for count, (x, y) in enumerate(images):
+            functional.cross_entropy(twin(x), y).backward()
+            with torch.no_grad():
+                for parameter in twin.parameters():
+                    parameter -= 0.1 * parameter.grad  # type: ignore[operator]
+                    parameter.grad = None
+            decay = min(0.3, (1 + count) / (10 + count)) if count else 0.0
+            for name, value in twin.named_parameters():
+                average[name] = decay * average[name] + (1 - decay) * value.detach()
+        for name, value in weights(model).items():
+            torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-6, msg=name)
 
     def test_no_epochs_only_evaluates(self) -> None:
         model, task = net(), small_task()
@@ -380,9 +415,9 @@ def uninterrupted(config: TrainConfig, **given: Any) -> tuple[dict[str, Tensor],
 
 
 class TestResume:
-    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-    def test_stopped_at_every_kind_of_step(self, tmp_path: Path, optimizer: str) -> None:
-        config = hard(optimizer=optimizer, distill=DistillConfig())
+    @pytest.mark.parametrize(("optimizer", "ema"), [("sgd", 0.0), ("adamw", 0.0), ("sgd", 0.9)])
+    def test_stopped_at_every_kind_of_step(self, tmp_path: Path, optimizer: str, ema: float) -> None:
+        config = hard(optimizer=optimizer, ema=ema, distill=DistillConfig())
         expected, expected_facts = uninterrupted(config, teacher=net(8))
         for stop in (0, 1, 4, STEPS, STEPS + 1, 2 * STEPS - 1, 3 * STEPS - 1):
             folder = tmp_path / str(stop)
