@@ -1,8 +1,8 @@
 """A trained model in, a dense smaller model out.
 
-`compress.prune` is the one call; the others are its parts: run a traced model (`compress.trace.trace`) on
-channel labels (`channel_map`), `cut` the channels out, `verify` the result, `apply_plan` to a fresh
-instance, `save` and `load` it.
+`compress.prune` is the one call, and `compress.finetune` trains what it gives; the others are its parts: run
+a traced model (`compress.trace.trace`) on channel labels (`channel_map`), `cut` the channels out, `verify`
+the result, `apply_plan` to a fresh instance, `save` and `load` it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.api import Result, load, prune, save
+    from compress.api import Result, finetune, load, prune, save
     from compress.channelmap import ChannelMap, channel_map
     from compress.errors import CompressError
     from compress.plan import Plan
     from compress.surgery import apply_plan, cut, verify
 
 _HOME = {
-    **dict.fromkeys(("prune", "Result", "save", "load"), "api"),
+    **dict.fromkeys(("prune", "finetune", "Result", "save", "load"), "api"),
     **dict.fromkeys(("channel_map", "ChannelMap"), "channelmap"),
     **dict.fromkeys(("apply_plan", "cut", "verify"), "surgery"),
     "CompressError": "errors",
@@ -33,6 +33,7 @@ __all__ = [
     "apply_plan",
     "channel_map",
     "cut",
+    "finetune",
     "load",
     "prune",
     "save",

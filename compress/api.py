@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -27,11 +27,14 @@ from compress.parts import Whole, arguments, trace_parts
 from compress.plan import Plan
 from compress.program import load_program
 from compress.proof import Verification, verify
-from compress.schema import PruneConfig
+from compress.schema import PruneConfig, Section, TrainConfig
 from compress.screen import check_module, unwrapped
 from compress.surgery import apply_plan, cut
 from compress.task import Batch, Evaluation, Task, device_of
 from compress.trace import GraphNet, Traced, eval_mode, from_program
+from compress.train import Progress, TrainResult, train
+
+C = TypeVar("C", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,25 @@ class Result:
     folded: tuple[str, ...]
     verification: Verification
     whole: Verification | None = None
+
+    @property
+    def macs_ratio(self) -> float:
+        """The share of the MACs that is left."""
+        return self.macs[1] / self.macs[0]
+
+    @property
+    def params_ratio(self) -> float:
+        """The share of the parameters that is left."""
+        return self.params[1] / self.params[0]
+
+    def __str__(self) -> str:
+        proofs = [self.verification] if self.whole is None else [self.verification, self.whole]
+        proved = "exact" if all(p.passed and not p.inexact for p in proofs) else "not exact"
+        error = max(p.relative_error for p in proofs)
+        return (
+            f"{self.macs_ratio:.1%} of the MACs, {self.params_ratio:.1%} of the parameters left "
+            f"({self.stop_reason}); {proved}: relative error {error:.1e}"
+        )
 
 
 def prune(
@@ -88,7 +110,7 @@ def prune(
     was. With in_place=True it is the given model itself, trained and sliced, without the channels whose
     number its Python code fixes. Raises CompressError.
     """
-    config = _options(options)
+    config = _checked(PruneConfig, options, "compress.prune")
     check_module(model)
     own, example = unwrapped(model), arguments(example_inputs)
     _check_trainable(own)
@@ -99,7 +121,18 @@ def prune(
     _check_prunable(cmap)
     where = choices(config, cmap, 1 if config.align == "auto" else config.align)
     whole = Whole(subject, replace(parts, traced=traced), example)
-    task = _task(batches, loss, evaluate, config, whole)
+    if evaluate is None and config.max_accuracy_drop is not None:
+        what = "max_accuracy_drop needs evaluate"
+        raise ConfigError(what, "compress.prune", "give evaluate=FUNCTION of the model")
+
+    def fitted_loss(net: nn.Module, batch: Batch) -> Tensor:
+        with whole.graph_errors():
+            return loss(whole.fitted(net), batch)
+
+    def measure(net: nn.Module) -> float:
+        return float("nan") if evaluate is None else evaluate(whole.fitted(net))
+
+    task = _task(batches, fitted_loss, measure, "compress.prune")
     device = device_of(subject)
     with whole:
         done = prune_loop(traced.net, cmap, where, task, config, seed=seed, device=device, progress=progress)
@@ -112,6 +145,36 @@ def prune(
         return whole.built(dense), result
     apply_plan(plan, subject)
     return model, result
+
+
+def finetune(
+    model: nn.Module,
+    batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+    **options: Any,
+) -> tuple[nn.Module, TrainResult]:
+    """Train a model in place, such as the one that `prune` returned; returns it in eval mode.
+
+    batches, loss and evaluate are as for `prune`. With evaluate the weights of the best epoch are kept,
+    without it those of the last. options: the keys of the config's `finetune` section, with the same
+    defaults (epochs=10, lr=0.01, optimizer="sgd", ema=0, ...); teacher: the model for distill={...}.
+    checkpoint: a folder; a call that was stopped goes on from there to the same bits. Raises CompressError.
+    """
+    config = _checked(TrainConfig, options, "compress.finetune")
+    _check_trainable(model)
+    task = _task(batches, loss, evaluate, "compress.finetune")
+    folder = Path(checkpoint) if checkpoint is not None else None
+    done = train(
+        model, task, config, seed=seed, device=device_of(model), checkpoint=folder, teacher=teacher,
+        progress=progress,
+    )  # fmt: skip
+    return model, done
 
 
 def save(
@@ -145,13 +208,13 @@ def load(path: str | Path) -> GraphNet:
     return graphfile.load(Path(path))[0]
 
 
-def _options(options: dict[str, Any]) -> PruneConfig:
+def _checked(section: type[C], options: dict[str, Any], call: str) -> C:
     try:
-        return PruneConfig(**options)
+        return section(**options)
     except ValidationError as error:
-        problem = translate(error, options, PruneConfig)[0]
+        problem = translate(error, options, section)[0]
         place = ".".join(str(part) for part in problem.path)
-        raise ConfigError(problem.what, f"compress.prune({place})", problem.fix) from None
+        raise ConfigError(problem.what, f"{call}({place})", problem.fix) from None
 
 
 def _result(
@@ -217,31 +280,22 @@ def _task(
     batches: Iterable[Batch] | Callable[[int], Iterable[Batch]],
     loss: Callable[[nn.Module, Batch], Tensor],
     evaluate: Callable[[nn.Module], float] | None,
-    config: PruneConfig,
-    whole: Whole,
+    name: str,
 ) -> Task:
     source = batches if callable(batches) else lambda epoch: batches
     first = source(1)
     if not isinstance(first, Sized):
-        raise ConfigError(
-            "batches has no length", "compress.prune", "give a list, a DataLoader, or a function of the epoch"
-        )
-    if evaluate is None and config.max_accuracy_drop is not None:
-        raise ConfigError(
-            "max_accuracy_drop needs evaluate", "compress.prune", "give evaluate=FUNCTION of the model"
-        )
+        fix = "give a list, a DataLoader, or a function of the epoch"
+        raise ConfigError("batches has no length", name, fix)
+    looks = count(1)
 
     def train_batches(epoch: int, start: int) -> Iterator[Batch]:
         return islice(iter(source(epoch)), start, None)
 
-    def lost(net: nn.Module, batch: Batch) -> Tensor:
-        with whole.graph_errors():
-            return loss(whole.fitted(net), batch)
-
     def measure(net: nn.Module, split: str) -> Evaluation:
-        if evaluate is None:
-            return Evaluation("value", float("nan"), float("nan"), 0)
+        if evaluate is None:  # the latest is the best
+            return Evaluation("epochs", float(next(looks)), 0.0, 0)
         with eval_mode(net):
-            return Evaluation("value", evaluate(whole.fitted(net)), float("nan"), 0)
+            return Evaluation("value", evaluate(net), 0.0, 0)
 
-    return Task(lost, train_batches, len(first), measure, 0, 0, 0, name="compress.prune")
+    return Task(loss, train_batches, len(first), measure, 0, 0, 0, name=name)

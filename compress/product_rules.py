@@ -161,10 +161,12 @@ def is_gated(node: fx.Node) -> bool:
 
 @rule("matmul", "mm", "bmm")
 def _matmul(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Any:
-    """Activation times weight is a linear layer; two activations are contracted."""
+    """A weight on either side makes a linear layer; two activations are contracted."""
     a, b = args[0], args[1]
     if b.weight and not a.weight and b.meta.dim() == 2:
         return dense(ledger, node, args, a, b, (0, 1), None, meta)
+    if a.weight and not b.weight and a.meta.dim() == 2 and b.meta.dim() > 1:
+        return dense(ledger, node, args, b, a, (1, 0), None, meta, at=-2)
     if min(a.meta.dim(), b.meta.dim()) < 2:
         return unknown(ledger, node, args, kwargs, meta)
     batch = "abcdefgh"[: meta.dim() - 2]
@@ -189,13 +191,15 @@ def _einsum(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str
         return unknown(ledger, node, args, kwargs, meta)
     first, second, out = terms
     a, b = values
+    nodes: Any = node.args[1]
+    if a.weight and not b.weight:
+        a, b, first, second, nodes = b, a, second, first, nodes[::-1]
     at = [d for d, (x, y) in enumerate(zip(first, out, strict=False)) if x != y]
     if b.weight and not a.weight and len(first) == len(out) and len(at) == 1:
         columns, rows = first[at[0]], out[at[0]]
         if sorted(second) == sorted(columns + rows):
             order = (second.index(columns), second.index(rows))
             return dense(ledger, node, args, a, b, order, None, meta, at[0])
-    nodes: Any = node.args[1]
     return contract(
         ledger, _factor(ledger, a, first, nodes[0]), _factor(ledger, b, second, nodes[1]), out, meta
     )

@@ -459,10 +459,12 @@ def _roll(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, 
 
 @rule("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like")
 def _create(ledger: Ledger, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], meta: Any) -> Value:
-    """A constant made in the graph; its shape is written into the code, so it stays."""
-    for value in values_in(list(args)[:1]):
-        if short_name(node).endswith("_like"):
-            ledger.pin_value(value, f"{short_name(node)} makes a constant of its shape")
+    """A constant made in the graph: of an activation's shape, so with its channels, or of one in the code."""
+    if short_name(node).endswith("_like"):
+        like: Value = args[0]
+        if not like.weight and varying(like.labels):
+            return result(like.labels, meta)
+        ledger.pin_value(like, f"{short_name(node)} makes a constant of its shape")
     numbers = [torch.empty(a.meta.shape, dtype=a.meta.dtype) if isinstance(a, Value) else a for a in args]
     real = node.target(*numbers, **{k: v for k, v in kwargs.items() if k != "device"})  # type: ignore[operator]
     return fixed(meta, real)

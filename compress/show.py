@@ -153,9 +153,7 @@ def show_inspect(console: Console, found: Data) -> None:
         for row in rows(found, "layers")
     ]
     _titled(console, "layers", ("layer", "kind", "channels", "MACs", "share", ""), layers, right=(2, 3, 4))
-    couplings = [
-        (count(row.get("units")), ", ".join(map(str, row["layers"]))) for row in rows(found, "couplings")
-    ]
+    couplings = [(count(row.get("units")), _some(row["layers"])) for row in rows(found, "couplings")]
     _titled(console, "layers that lose channels together", ("units", "layers"), couplings, right=(0,), fold=1)
     _pinned(console, found)
     unreached = [(name,) for name in found.get("unreached") or ()]
@@ -184,13 +182,19 @@ def _pinned(console: Console, found: Data) -> None:
             count(row.get("channels")),
             text(row.get("reason"), ""),
             text(row.get("op"), ""),
-            ", ".join(map(str, row.get("parameters") or ())),
+            _some(row.get("parameters") or ()),
             text(row.get("source"), ""),
         )
         for row in rows(found, "pinned")
     ]
     heads = ("channels", "why", "operation", "parameters", "where")
     _titled(console, "what stays as it is", heads, pinned, right=(0,), fold=3)
+
+
+def _some(names: Sequence[object]) -> str:
+    """The first three names, and how many more there are; `--json` has all."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(str, names[:3])) + more
 
 
 def _titled(

@@ -277,6 +277,16 @@ CONTRACTIONS = [
     ),
     Case("matmul", lambda n, y: n.w @ y, parts=lambda: {"w": param(5, 6)}),
     Case(
+        "matmul",
+        lambda n, y: (n.w @ y.flatten(2)).unflatten(2, (6, 6)),
+        parts=lambda: {"w": param(CHANNELS, CHANNELS)},
+    ),
+    Case(
+        "einsum",
+        lambda n, y: torch.einsum("oc,bchw->bohw", n.w, y),
+        parts=lambda: {"w": param(CHANNELS, CHANNELS)},
+    ),
+    Case(
         "bmm",
         lambda n, y: y.flatten(2).bmm(y.flatten(2).mT.softmax(1) * 0 + n.v),
         "multiplied with",

@@ -244,7 +244,13 @@ JOINS = [
         (lambda n, y: y + torch.ones_like(y),),
         (lambda n, y: y + torch.full_like(y, 2.0),),
         (lambda n, y: y + torch.empty_like(y).fill_(1.5),),
-        pinned="makes a constant of its shape",
+    ),
+    Case("zeros_like", lambda n, y: torch.cat([y, torch.zeros_like(y)], 1)),
+    Case(
+        "ones_like",
+        lambda n, y: y + torch.ones_like(n.w) + n.w,
+        "makes a constant of its shape",
+        parts=lambda: {"w": param(CHANNELS, 1, 1)},
     ),
 ]
 

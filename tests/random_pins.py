@@ -29,8 +29,6 @@ PINNED = {
     "move.reshape_across": "softmax runs over the channels",
     "pad.crop_channels": "padding takes channels away",
     # not followed: a rule could be written
-    "conv.matmul": "meets channels that stay",
-    "pad.zeros": "zeros_like makes a constant of its shape",
     "linear.einsum_heads": "meets channels that stay",
     "linear.grouped": "meets channels that stay",
 }

@@ -174,6 +174,62 @@ def test_stops_at_the_accuracy_that_may_be_lost_and_says_so() -> None:
     assert result.verification.passed
 
 
+def test_the_result_says_what_was_done() -> None:
+    _, result = compress.prune(cifar_resnet(8, width=8), batches()[0][0], batches(), loss, **OPTIONS)
+    macs, params = result.macs[1] / result.macs[0], result.params[1] / result.params[0]
+    assert (result.macs_ratio, result.params_ratio) == (macs, params)
+    assert str(result).startswith(f"{macs:.1%} of the MACs, {params:.1%} of the parameters left (")
+    assert "; exact: relative error " in str(result)
+
+
+def test_finetune_recovers_what_pruning_lost(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = batches(2)
+    dense, _ = compress.prune(cifar_resnet(8, width=8), data[0][0], data, loss, **OPTIONS)
+    before = [loss(dense.eval(), batch).item() for batch in data]
+    same, done = compress.finetune(dense, data, loss, epochs=15, lr=0.05, checkpoint=tmp_path)
+    assert same is dense
+    assert not dense.training
+    assert sum(loss(dense, batch).item() for batch in data) < 0.9 * sum(before)
+    assert done.best_epoch == 15  # without evaluate the last one stays
+    weights = copy.deepcopy(dense.state_dict())
+    other = copy.deepcopy(dense)
+    compress.finetune(other, data, loss, epochs=0)
+    assert all(torch.equal(weights[name], value) for name, value in other.state_dict().items())
+
+
+def test_finetune_keeps_the_best_epoch_and_learns_from_a_teacher() -> None:
+    torch.manual_seed(0)
+    data, values = batches(2), iter([0.3, 0.9, 0.5])
+    teacher, student = cifar_resnet(8, width=8).eval(), cifar_resnet(8, width=4)
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(net: nn.Module) -> float:
+        seen.append(copy.deepcopy(net.state_dict()))
+        return next(values)
+
+    _, done = compress.finetune(
+        student, data, loss, evaluate=evaluate, teacher=teacher, epochs=3, distill={"alpha": 0.5}
+    )
+    assert (done.best_epoch, done.best) == (2, 0.9)
+    assert all(torch.equal(seen[1][name], value) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"epoch": 3}, "compress.finetune(epoch): unknown key; did you mean epochs?"),
+        ({"lr": -1}, "compress.finetune(lr): must be more than 0, found -1"),
+        ({"distill": {}}, "distill needs a teacher"),
+    ],
+)
+def test_bad_options_of_finetune_are_one_line(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(CompressError) as refused:
+        compress.finetune(cifar_resnet(8, width=8), batches(), loss, **options)
+    assert refused.value.exit_code == 3
+    assert text in str(refused.value)
+
+
 def test_public_names() -> None:
     assert all(getattr(compress, name) is not None for name in compress.__all__)
     assert len(compress.__all__) <= 12
