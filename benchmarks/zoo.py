@@ -1,7 +1,7 @@
 """Every architecture of torchvision, every family of timm: what is pruned, whether exactly, what stays.
 
     python benchmarks/zoo.py [--set torchvision|timm|all] [--only NAME ...] [--jobs 1] [--limit 300]
-                             [--peer-python PATH] [--out FILE.jsonl]
+                             [--peer-python PATH] [--peer-only] [--out FILE.jsonl]
 
 One row per model, each in a process of its own (`zoo_row.py`) with a time limit: traced, labelled, half of
 the MACs removed by Taylor scores of one random minibatch, masked against dense in float32 and float64, a
@@ -31,8 +31,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import zoo_models
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import RESULTS, note, provenance, write
 from benchmarks.zoo_models import Spec
+from deploy import machine
 
 FOLDER = Path(__file__).resolve().parent
 Rows = dict[tuple[str, str], dict[str, Any]]
@@ -57,7 +58,7 @@ def main() -> None:
     chosen = [s for s in every if not options.only or s.name in options.only or s.key in options.only]
     if not chosen:
         sys.exit(f"no model of the sweep is called {' '.join(options.only)}")
-    jobs = [Job("compress", sys.executable, spec) for spec in chosen]
+    jobs = [] if options.peer_only else [Job("compress", sys.executable, spec) for spec in chosen]
     if options.peer_python:
         jobs += [Job("torch_pruning", options.peer_python, spec) for spec in chosen]
     rows = read(options.out)
@@ -88,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=float, default=300, help="seconds per model")
     parser.add_argument("--peer-python", default="")
+    parser.add_argument("--peer-only", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "zoo.jsonl")
     return parser.parse_args()
 
@@ -111,6 +113,7 @@ def measure(job: Job, limit: float) -> dict[str, Any]:
         row = _last(out)
         tail = _last_text(err)
     row |= {"tool": job.tool, "key": job.spec.key, "seconds": round(time.monotonic() - start, 1)}
+    row["commit"] = machine.commit(FOLDER)
     if row.get("stage") != "done":
         why = f"more than {limit:g} s" if ended is None else f"ended with {ended}: {tail}"
         row.setdefault("errors", {})[row.get("stage", "start")] = why
@@ -181,8 +184,10 @@ def finish(rows: Rows) -> None:
     """benchmarks/results/zoo.json and zoo.md."""
     ours = [rows["compress", spec.key] for spec in zoo_models.specs("all")]
     peer = [row for (tool, _), row in rows.items() if tool == "torch_pruning"]
-    write("zoo", summary(ours, peer), [*ours, *peer])
-    (RESULTS / "zoo.md").write_text(table(ours, {row["key"]: row for row in peer}))
+    found = summary(ours, peer)
+    write("zoo", found, [*ours, *peer])
+    page = header(found) + table(ours, {row["key"]: row for row in peer})
+    (RESULTS / "zoo.md").write_text(page)
 
 
 def summary(ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -214,6 +219,30 @@ def _count(what: str, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
         what: len(rows),
         "ok": sum(bool(r.get("ok")) for r in rows),
     }
+
+
+def header(found: dict[str, Any]) -> str:
+    """What was measured, where and when, and the counts, as Markdown."""
+    told = provenance()
+    chip, versions = told["machine"], machine.versions()
+    where = f"{chip.get('cpu', '')}, one thread per model, Python {told['python']}"
+    names = ("torch", "torchvision", "timm", "onnx", "onnxruntime")
+    what = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
+    counts = "\n".join(f"- {name.replace('_', ' ')}: {_told(value)}" for name, value in found.items())
+    return (
+        f"# Every architecture\n\nMeasured by `{told['command'].split(' --')[0]}` until {told['date']} on {where};"
+        f" {what}; the commit of each row is in `zoo.json`.\n\n{counts}\n\n"
+        "ok: traced, cut, exact in float32 and float64, trained one step, exported, equal in ONNX Runtime, and at "
+        "most 70 % of the MACs left or the reason recorded. MACs kept: asked for 0.5. The last column is "
+        "Torch-Pruning's high-level API on the same model: its MACs, and whether it computes what the network "
+        "with the same channels zeroed computes.\n\n"
+    )
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {count}" for key, count in value.items())
+    return str(value)
 
 
 def table(ours: Iterable[dict[str, Any]], peer: dict[str, dict[str, Any]]) -> str:
