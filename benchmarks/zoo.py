@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -221,21 +222,36 @@ def _count(what: str, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+HEADER = """# Every architecture
+
+Measured by `python benchmarks/zoo.py`, finished {date}, {cpu}, one thread per model, Python {python},
+{versions};
+the commit of each row is in `zoo.json`.
+
+{counts}
+
+ok: traced, cut, exact in float32 and float64, trained one step, exported, equal in ONNX Runtime, and at
+most 70 % of the MACs left or the reason recorded. MACs kept: asked for 0.5. The last column is
+Torch-Pruning's high-level API on the same model: the MACs it left, and whether the result computes what the
+network with the same channels zeroed computes.
+
+"""
+
+
 def header(found: dict[str, Any]) -> str:
     """What was measured, where and when, and the counts, as Markdown."""
     told = provenance()
-    chip, versions = told["machine"], machine.versions()
-    where = f"{chip.get('cpu', '')}, one thread per model, Python {told['python']}"
-    names = ("torch", "torchvision", "timm", "onnx", "onnxruntime")
-    what = ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
-    counts = "\n".join(f"- {name.replace('_', ' ')}: {_told(value)}" for name, value in found.items())
-    return (
-        f"# Every architecture\n\nMeasured by `{told['command'].split(' --')[0]}` until {told['date']} on {where};"
-        f" {what}; the commit of each row is in `zoo.json`.\n\n{counts}\n\n"
-        "ok: traced, cut, exact in float32 and float64, trained one step, exported, equal in ONNX Runtime, and at "
-        "most 70 % of the MACs left or the reason recorded. MACs kept: asked for 0.5. The last column is "
-        "Torch-Pruning's high-level API on the same model: its MACs, and whether it computes what the network "
-        "with the same channels zeroed computes.\n\n"
+    versions = {**machine.versions(), "timm": version("timm")}
+    return HEADER.format(
+        date=told["date"],
+        cpu=told["machine"].get("cpu", ""),
+        python=told["python"],
+        versions=", ".join(
+            f"{name} {versions[name]}"
+            for name in ("torch", "torchvision", "timm", "onnx", "onnxruntime")
+            if versions.get(name)
+        ),
+        counts="\n".join(f"- {name.replace('_', ' ')}: {_told(value)}" for name, value in found.items()),
     )
 
 
