@@ -125,14 +125,8 @@ def prune(
         what = "max_accuracy_drop needs evaluate"
         raise ConfigError(what, "compress.prune", "give evaluate=FUNCTION of the model")
 
-    def fitted_loss(net: nn.Module, batch: Batch) -> Tensor:
-        with whole.graph_errors():
-            return loss(whole.fitted(net), batch)
-
-    def measure(net: nn.Module) -> float:
-        return float("nan") if evaluate is None else evaluate(whole.fitted(net))
-
-    task = _task(batches, fitted_loss, measure, "compress.prune")
+    measure = evaluate or (lambda net: float("nan"))
+    task = whole.around(_task(batches, loss, measure, "compress.prune"))
     device = device_of(subject)
     with whole:
         done = prune_loop(traced.net, cmap, where, task, config, seed=seed, device=device, progress=progress)

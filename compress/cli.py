@@ -140,18 +140,16 @@ def inspect(
     """
     from compress.show import show_inspect
 
-    prune = None
-    if subject.endswith(CONFIG_ENDINGS):
-        if input_shape or weights or classes:
-            raise click.UsageError("--input-shape, --weights and --classes go with a MODEL, not a config")
-        config, folder = _load(subject)
-        model, prune = config.model, config.prune
-    else:
-        model, folder = _named_model(subject, input_shape, weights, classes), Path()
+    is_config = subject.endswith(CONFIG_ENDINGS)
+    if is_config and (input_shape or weights or classes):
+        raise click.UsageError("--input-shape, --weights and --classes go with a MODEL, not a config")
     with screen.events("loading torch and the model"):
         from compress import pipeline
 
-        found = pipeline.inspect(model, folder, prune=prune)
+        if is_config:
+            found = pipeline.look(*_load(subject))
+        else:
+            found = pipeline.inspect(_named_model(subject, input_shape, weights, classes), Path())
     return Answer(found, lambda screen: show_inspect(screen.out, found))
 
 

@@ -12,8 +12,7 @@ import torch
 from compress import files, graphfile
 from compress.errors import ConfigError
 from compress.program import load_program
-from compress.release import finite
-from compress.steps import Events
+from compress.steps import Events, finite
 from compress.trace import from_program, placeholders
 
 

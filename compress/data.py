@@ -59,7 +59,7 @@ def open_data(config: DataConfig, input_shape: Sequence[int], folder: Path) -> A
     """
     is_folder = (folder / config.name).is_dir()
     scheme, _, name = config.name.partition(":")
-    if not is_folder and scheme != "torchvision" and OBJECT_NAME.fullmatch(config.name):
+    if is_user_code(config.name, folder):
         function = load_object(config.name, folder, "data.name")
         found = call_user(function, config.name, dict(config.kwargs), "data.kwargs")
         if not isinstance(found, Mapping):
@@ -76,6 +76,12 @@ def open_data(config: DataConfig, input_shape: Sequence[int], folder: Path) -> A
         return _torchvision(config, name or "CIFAR10", shape, folder, normalise)
     fix = nearest(config.name, [*BUILTIN, "torchvision:CIFAR10", "torchvision:MNIST"]) or FORMS
     raise DataError(f"unknown data {config.name!r}: no such folder or name", "data.name", fix)
+
+
+def is_user_code(name: str, folder: Path) -> bool:
+    """Whether `data.name` is package.module:function."""
+    known = (folder / name).is_dir() or name.partition(":")[0] == "torchvision"
+    return not known and OBJECT_NAME.fullmatch(name) is not None
 
 
 def _image_shape(given: Sequence[int]) -> Shape:

@@ -63,10 +63,7 @@ def save(net: GraphNet, stem: Path, example_shapes: list[list[int]]) -> tuple[Pa
         "nodes": [_encode_node(node) for node in net.graph.nodes],
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}
-    graph_path, weights_path = (
-        stem.with_name(stem.name + ".graph.json"),
-        stem.with_name(stem.name + ".safetensors"),
-    )
+    graph_path, weights_path = _paths(stem)
     with files.whole(weights_path) as temporary:
         save_file(tensors, str(temporary))
     files.write_json(graph_path, document)
@@ -99,6 +96,15 @@ def _structure(net: GraphNet) -> Any:
     return codegen.pytree_info
 
 
+def shapes(stem: Path) -> list[list[int]]:
+    """The input shapes, without batch, of a graph that `save` wrote."""
+    return [[int(s) for s in shape] for shape in files.read_json(_paths(stem)[0])["inputs"]]
+
+
+def _paths(stem: Path) -> tuple[Path, Path]:
+    return stem.with_name(stem.name + ".graph.json"), stem.with_name(stem.name + ".safetensors")
+
+
 def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
     """Read a graph that `save` wrote: the network in eval mode, and its input shapes without batch.
 
@@ -107,10 +113,7 @@ def load(stem: Path) -> tuple[GraphNet, list[list[int]]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    graph_path, weights_path = (
-        stem.with_name(stem.name + ".graph.json"),
-        stem.with_name(stem.name + ".safetensors"),
-    )
+    graph_path, weights_path = _paths(stem)
     document = files.read_json(graph_path)
     try:
         tensors = load_file(str(weights_path))

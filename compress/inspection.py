@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from compress.gates import with_gates
 from compress.importance import magnitude
 from compress.labels import Granularity, short_name
 from compress.models import build_model, is_program
+from compress.parts import Whole, arguments, trace_parts
 from compress.program import load_program
 from compress.select import Space, Target, remove, space
 from compress.trace import GraphNet, Traced, from_program, get_tensor, trace
@@ -30,11 +31,52 @@ from compress.trace import GraphNet, Traced, from_program, get_tensor, trace
 DEFAULT_RATIOS = (0.75, 0.5, 0.25)
 
 
-def build(config: ModelConfig, folder: Path, seed: int = 0) -> Traced:
-    """Build the model that the config names, and trace it."""
-    example = torch.randn((2, *config.input_shape), generator=seeds.generator(seed, "example"))
-    if not is_program(config.name):
-        return _traced(build_model(config, folder, seed=seed), example, config)
+@dataclass(frozen=True)
+class Built:
+    """A model ready to be labelled. whole: the user's model around the traced part, None where all of it
+    is traced. why: what forbade to trace all of it.
+    """
+
+    traced: Traced
+    whole: Whole | None = None
+    why: str = ""
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        """Of the inputs, without the batch."""
+        return [list(x.shape[1:]) for x in self.traced.example]
+
+
+def build(config: ModelConfig, folder: Path, seed: int = 0, example: Any = None) -> Built:
+    """Build the model that the config names, and trace it: all of it where that can be, else its parts.
+
+    example: what the model is called with, where that is not one tensor of `config.input_shape`.
+    """
+    tensor = torch.randn((2, *config.input_shape), generator=seeds.generator(seed, "example"))
+    if is_program(config.name):
+        return Built(_program(config, folder, tensor))
+    model = build_model(config, folder, seed=seed)
+    paths = part_paths(config)
+    if example is None:
+        try:
+            return Built(trace(model, (tensor,)))
+        except ModelError as error:
+            if not paths:
+                raise
+            why = str(error)
+    else:
+        why = "its example is not one tensor"
+    given = arguments(tensor if example is None else example)
+    parts = trace_parts(model, paths or [""], given)
+    return Built(parts.traced, Whole(model, parts, given), why)
+
+
+def part_paths(config: ModelConfig) -> list[str]:
+    """The parts that `model.part` names; none: all of the model."""
+    return [config.part] if isinstance(config.part, str) else list(config.part or ())
+
+
+def _program(config: ModelConfig, folder: Path, example: Tensor) -> Traced:
     program = load_program(folder / config.name)
     traced = from_program(program, (example,))
     try:
@@ -50,28 +92,23 @@ def build(config: ModelConfig, folder: Path, seed: int = 0) -> Traced:
     return traced
 
 
-def _traced(model: nn.Module, example: Tensor, config: ModelConfig) -> Traced:
-    try:
-        return trace(model, (example,))
-    except ModelError as error:
-        if config.part is None:
-            raise
-        what = f"a run takes a part of models that can be traced whole, and here {error.what}"
-        fix = "in Python compress.prune(model, ..., part=...) prunes a part of any model"
-        raise ModelError(what, error.where or "model.part", fix) from error
-
-
-def kept_names(net: nn.Module, config: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Parameters that must stay: those of `keep_names`, and all outside `model.part`."""
-    kept, part = keep_names(net, patterns), config.part
-    if part is None:
+def kept_names(
+    net: nn.Module, config: ModelConfig, patterns: Sequence[str], whole: Whole | None = None
+) -> tuple[str, ...]:
+    """Parameters that must stay: those of `keep_names`, and all outside `model.part`, or read there too."""
+    kept, paths = keep_names(net, patterns), part_paths(config)
+    if whole is not None:
+        return tuple(dict.fromkeys((*kept, *whole.shared)))
+    if not paths:
         return kept
     names = [name for name, _ in net.named_parameters()]
-    outside = [name for name in names if not name.startswith(part + ".")]
-    if len(outside) == len(names):
-        modules = {name for name, _ in net.named_modules()} - {""}
-        what = f"{part!r} names no module of the model that has parameters"
-        raise ConfigError(what, "model.part", did_you_mean(part, modules))
+    for part in paths:
+        if not any(name.startswith(part + ".") for name in names):
+            modules = {name for name, _ in net.named_modules()} - {""}
+            what = f"{part!r} names no module of the model that has parameters"
+            raise ConfigError(what, "model.part", did_you_mean(part, modules))
+    inside = tuple(part + "." for part in paths)
+    outside = [name for name in names if not name.startswith(inside)]
     return tuple(dict.fromkeys((*kept, *outside)))
 
 
@@ -155,18 +192,21 @@ def inspect(
     *,
     prune: PruneConfig | None = None,
     ratios: Sequence[float] = DEFAULT_RATIOS,
+    example: Any = None,
 ) -> dict[str, Any]:
-    """Everything that is known of a model before any data is seen."""
+    """Everything that is known of a model before any data is seen. example: as for `build`."""
     started = time.perf_counter()
-    traced = build(config, folder)
+    built = build(config, folder, example=example)
     middle = time.perf_counter()
     prune = prune or PruneConfig()
-    traced, cmap = labelled(traced, kept_names(traced.net, config, prune.keep), prune)
+    kept = kept_names(built.traced.net, config, prune.keep, built.whole)
+    traced, cmap = labelled(built.traced, kept, prune)
     ended = time.perf_counter()
     model = cost_model(cmap)
     whole = np.ones(cmap.units, dtype=bool)
     return {
         "model": config.name,
+        "parts": part_paths(config) if built.whole is not None else [],
         "units": cmap.units,
         "classes": len(model.full),
         "macs": round(model.macs.total(model.full)),

@@ -10,31 +10,38 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import ModelError
 from compress.part_trace import Arguments, Parts, arguments, buffers_kept, hooks, run, same, trace_parts
 from compress.ports import Port, split
 from compress.proof import Verification, verify
+from compress.task import Task
 from compress.trace import GraphNet, frozen_modules, get_tensor, put_tensor
 
 
 class Whole:
     """The user's model with graphs in the place of its parts, as long as the `with` block lasts.
 
-    Inside, `fitted` runs on any net of all parts; afterwards `model` has its own modules back.
+    Nothing outside the parts is trained. Inside, `fitted` runs on any net of all parts; afterwards `model`
+    has its own modules back.
     """
 
     def __init__(self, model: nn.Module, parts: Parts, example: Arguments) -> None:
-        self.model, self.ports, self.example = model, parts.ports, example
+        self.model, self.ports, self.example, self.shared = model, parts.ports, example, parts.shared
         self.nets = split(parts.traced.net, parts.ports)
         self.own = {path: model.get_submodule(path) for path in self.nets}
         self.is_part = "" not in self.nets
+        self.known: WeakKeyDictionary[nn.Module, dict[str, GraphNet]] = WeakKeyDictionary()
+        self.traced = parts.traced.net
+        self.known[self.traced] = self.nets
         self.resting = _resting(model, parts.ports)
-        self.frozen = frozen_modules(model)
+        self.frozen = frozen_modules(model) | self._norms()
 
     def __enter__(self) -> Whole:
         if self.is_part:
@@ -47,11 +54,28 @@ class Whole:
     def __exit__(self, *_: object) -> None:
         if self.is_part:
             _place(self.model, self.own)
+        self.nets = self.known[self.traced]
         for parameter in self.resting:
             parameter.requires_grad_(True)
 
+    def around(self, task: Task) -> Task:
+        """The task for nets of all parts: its loss and its measure get the model that is `fitted` to them."""
+
+        def loss(net: nn.Module, batch: Any) -> Tensor:
+            with self.graph_errors():
+                return task.loss(self.fitted(net), batch)
+
+        return replace(task, loss=loss, evaluate=lambda net, split: task.evaluate(self.fitted(net), split))
+
     def fitted(self, net: nn.Module) -> nn.Module:
-        """The model on the tensors of a net of all parts, in its mode; what is frozen stays in eval mode."""
+        """The model with a net of all parts in it, in its mode; what is frozen stays in eval mode.
+
+        net: the traced one, or any cut or copy of it.
+        """
+        assert isinstance(net, GraphNet)
+        if net not in self.known:
+            self.known[net] = split(net, self.ports)
+        self.nets = self.known[net]
         for port in self.ports:
             own = self.nets[port.path]
             for name in _tensor_names(own):
@@ -60,6 +84,7 @@ class Whole:
                 )
         if not self.is_part:
             return self.nets[""].train(net.training)
+        _place(self.model, self.nets)
         self.model.train(net.training)
         for name, module in self.model.named_modules():
             if name in self.frozen:
@@ -108,6 +133,12 @@ class Whole:
                 what, owner or "the model", "prune parts inside it, which are only called"
             ) from error
 
+    def _norms(self) -> set[str]:
+        """Batch norms outside the parts, whose statistics stay as they are too."""
+        kind = nn.modules.batchnorm._NormBase
+        named = [name for name, module in self.model.named_modules() if isinstance(module, kind)]
+        return {name for name in named if not any(port.inside(name) for port in self.ports)}
+
     def _check(self) -> None:
         """The model runs on the graphs of its parts, calls them, and computes what it did."""
         with buffers_kept(self.model):
@@ -152,6 +183,8 @@ def _resting(model: nn.Module, ports: Sequence[Port]) -> list[nn.Parameter]:
 def _place(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         now = model.get_submodule(path)
+        if now is module:
+            continue
         for name in [n for n, m in model.named_modules(remove_duplicate=False) if m is now]:
             model.set_submodule(name, module)  # a part may have more names than one
 

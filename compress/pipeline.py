@@ -21,14 +21,16 @@ from typing import Any
 from compress import files, manifest, preview
 from compress.comparison import compare
 from compress.config import Config, section_hash
+from compress.data import is_user_code
 from compress.errors import ConfigError, Interrupted
 from compress.inspection import inspect
 from compress.manifest import StageRecord, verify
 from compress.release import bench_stage, export_stage, gate_stage, report_stage
 from compress.stages import STAGES
 from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_stage, train_stage
+from compress.task import build_task
 
-__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "plan", "run", "verify"]
+__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "look", "plan", "run", "verify"]
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
@@ -109,6 +111,14 @@ def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
     return preview.plan(work, work.traced("original") if trained else None)
 
 
+def look(config: Config, folder: Path) -> dict[str, Any]:
+    """`inspect` for a whole config: where its data are user code, they say what the model is called with."""
+    example = None
+    if is_user_code(config.data.name, folder):
+        example = build_task(config.data, config.model, config.seed, folder).example
+    return inspect(config.model, folder, prune=config.prune, example=example)
+
+
 def _judged(done: tuple[tuple[str, str, float], ...]) -> bool:
     """Whether this call came to the gate: only then does its verdict decide."""
     return any(name in ("report", "gate") and status in ("done", "cached") for name, status, _ in done)
@@ -186,7 +196,7 @@ def _key(work: Work, name: str) -> str:
         "versions": _versions(),
     }
     if name in ("train", "prune", "finetune"):
-        facts["data"] = work.task.fingerprint
+        facts["data"] = work.data.fingerprint
     if name == "train":
         facts["weights"] = _weights_hash(work)
     if name == "prune":

@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.cost import class_counts, cost_model, layers
 from compress.importance import Taylor, magnitude, random, scored
-from compress.inspection import build, choices, kept_names, labelled, pinned_rows
+from compress.inspection import choices, kept_names, labelled, pinned_rows
 from compress.select import remove
 from compress.steps import Events, Work
 from compress.surgery import cut
@@ -24,10 +24,14 @@ def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
     traced: the model if it is there already. A run re-scores after every removal while it trains, so it
     will choose somewhat differently.
     """
+    with work.around() if traced else work.inside(work.built.whole):
+        return _plan(work, traced or work.built.traced)
+
+
+def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     config, task = work.config, work.task
-    traced = traced or build(config.model, work.folder, config.seed)
     check(traced.net, task, config.model.input_shape)
-    kept = kept_names(traced.net, config.model, config.prune.keep)
+    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
     traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
     if config.prune.criterion == "taylor":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from compress import config as configuration
 from compress import files, manifest
 from compress.errors import Interrupted
-from compress.steps import Done, Work
+from compress.steps import Done, Work, finite
 
 # -- export and bench ---------------------------------------------------------------------------------
 
@@ -33,7 +32,7 @@ def export_stage(work: Work) -> Done:
         outputs.append(path.name)
         ours, theirs = runners.open_runner("torch", net), runners.open_runner("onnxruntime", path)
         found = parity.compare(
-            ours.infer, theirs.infer, [work.config.model.input_shape], config.batches, config.tolerance,
+            ours.infer, theirs.infer, work.shapes, config.batches, config.tolerance,
             work.config.seed,
         )  # fmt: skip
         theirs.close()
@@ -45,11 +44,6 @@ def export_stage(work: Work) -> Done:
     }
     worst = max((math.inf if row["relative"] is None else row["relative"] for row in rows), default=0.0)
     return Done([*outputs, work.write("export.json", document)], f"largest relative error {worst:.1e}")
-
-
-def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with numbers JSON cannot hold as null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def bench_stage(work: Work) -> Done:
@@ -73,7 +67,7 @@ def bench_stage(work: Work) -> Done:
 
             pair = {name: _runner(work, runners, kind, name) for name in ("original", "dense")}
             found = latency.measure(
-                pair, [work.config.model.input_shape], batch, config.repeats, config.seconds,
+                pair, work.shapes, batch, config.repeats, config.seconds,
                 seed=work.config.seed, progress=show,
             )  # fmt: skip
             for runner in reversed(pair.values()):
@@ -129,6 +123,7 @@ def gather(work: Work) -> dict[str, Any]:
         "model": {
             "name": config.model.name,
             "input_shape": list(config.model.input_shape),
+            "parts": before["parts"],
             "parameters": pruned["cost"]["params"]["before"],
         },
         "data": {"name": config.data.name, **data, "fingerprint": task.fingerprint},
@@ -141,7 +136,7 @@ def gather(work: Work) -> dict[str, Any]:
         "pruning": {
             k: v
             for k, v in pruned.items()
-            if k not in ("cost", "layers", "pinned", "folded", "verification", "accuracy")
+            if k not in ("cost", "layers", "pinned", "folded", "verification", "whole", "accuracy")
         },
         "train": before["training"],
         "finetune": after["training"],
@@ -150,6 +145,7 @@ def gather(work: Work) -> dict[str, Any]:
         "unreached": before["unreached"],
         "folded": pruned["folded"],
         "verification": pruned["verification"],
+        "whole": pruned["whole"],
         "parity": exported["parity"],
         "latency": bench["latency"],
         "speedup": bench["speedup"],

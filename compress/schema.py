@@ -81,8 +81,9 @@ class ModelConfig(Section):
         default=None, description="a .safetensors, .pt or .pth file, or a name such as DEFAULT"
     )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="arguments for the function of name")
-    part: Name | None = Field(
-        default=None, description="prune only this submodule, e.g. backbone or body.neck"
+    part: Name | Annotated[list[Name], Field(min_length=1)] | None = Field(
+        default=None,
+        description="prune only this submodule, or a list, e.g. backbone or [body, neck]",
     )
     input_shape: Counts = Field(description="one input without the batch, e.g. [3, 224, 224]")
 

@@ -7,7 +7,8 @@ the pipeline hashes them and commits the stage to the manifest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,9 +23,19 @@ from compress.channelmap import ChannelMap
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, IntegrityError, TargetError, did_you_mean
-from compress.inspection import build, choices, inexact_because, kept_names, labelled, pinned_rows
+from compress.inspection import (
+    Built,
+    build,
+    choices,
+    inexact_because,
+    kept_names,
+    labelled,
+    part_paths,
+    pinned_rows,
+)
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
+from compress.parts import Whole
 from compress.select import Space
 from compress.surgery import cut, verify
 from compress.task import Evaluation, Task, build_task, check
@@ -51,7 +62,8 @@ class Done:
 
 @dataclass
 class Work:
-    """What the stages of one run share. folder: the config's; run: where the files go."""
+    """What the stages of one run share. folder: the config's; run: where the files go; whole: the user's
+    model around the net that is worked on, where it is traced in parts."""
 
     config: Config
     folder: Path
@@ -59,10 +71,43 @@ class Work:
     events: Events
     should_stop: Callable[[], bool]
     command: str = ""
+    whole: Whole | None = None
 
     @cached_property
-    def task(self) -> Task:
+    def data(self) -> Task:
+        """The task as the data give it."""
         return build_task(self.config.data, self.config.model, self.config.seed, self.folder)
+
+    @property
+    def task(self) -> Task:
+        """The task for nets as they are traced: of a model that is traced in parts, put in their places."""
+        return self.data if self.whole is None else self.whole.around(self.data)
+
+    @cached_property
+    def built(self) -> Built:
+        """The model, from its source."""
+        return build(self.config.model, self.folder, self.config.seed, self.data.example)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Within, nets of the parts of a model that is not traced whole stand in their places in it."""
+        traced_whole = self.read("train.json")["parts"] is None
+        with nullcontext() if traced_whole else self.inside(self.built.whole):
+            yield
+
+    @contextmanager
+    def inside(self, whole: Whole | None) -> Iterator[None]:
+        """Within, the task puts nets in their places in `whole`, and nothing else of it trains."""
+        if whole is None:
+            yield
+            return
+        whole.model.to(self.device)
+        with whole:
+            self.whole = whole
+            try:
+                yield
+            finally:
+                self.whole = None
 
     @cached_property
     def device(self) -> torch.device:
@@ -82,16 +127,21 @@ class Work:
     def align(self) -> int:
         return resolve_align(self.config)
 
-    def example(self) -> Tensor:
-        """Two normal inputs, always the same."""
-        shape = (2, *self.config.model.input_shape)
-        return torch.randn(shape, generator=seeds.generator(self.config.seed, "example"))
+    @cached_property
+    def shapes(self) -> list[list[int]]:
+        """Of the inputs of the run's nets, without the batch."""
+        return graphfile.shapes(self.run / "original")
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A batch of two of every input, of normal numbers, always the same."""
+        generator = seeds.generator(self.config.seed, "example")
+        return tuple(torch.randn((2, *shape), generator=generator) for shape in self.shapes)
 
     def load(self, name: str) -> GraphNet:
         return graphfile.load(self.run / name)[0]
 
     def traced(self, name: str) -> Traced:
-        return Traced(self.load(name), (self.example(),))
+        return Traced(self.load(name), self.example())
 
     def read(self, name: str) -> Any:
         return files.read_json(self.run / name)
@@ -101,7 +151,7 @@ class Work:
         return name
 
     def save(self, net: GraphNet, name: str) -> list[str]:
-        paths = graphfile.save(net.eval().cpu(), self.run / name, [list(self.config.model.input_shape)])
+        paths = graphfile.save(net.eval().cpu(), self.run / name, self.shapes)
         return [path.name for path in paths]
 
     def checkpoint(self, stage: str) -> Path:
@@ -147,21 +197,34 @@ def preflight(work: Work) -> None:
 
 def train_stage(work: Work) -> Done:
     """Build and trace the model, train it if asked, and measure it."""
-    traced = build(work.config.model, work.folder, work.config.seed)
-    # A misspelt name is told now, not after training.
-    kept_names(traced.net, work.config.model, work.config.prune.keep)
-    check(traced.net, work.task, work.config.model.input_shape)
+    built, config = work.built, work.config
+    net, work.shapes = built.traced.net, built.shapes
+    # What would end a later stage is told now, not after training.
+    kept_names(net, config.model, config.prune.keep, built.whole)
+    if built.whole is not None:
+        _check_parts(work, built)
     history: TrainResult | None = None
-    if work.config.train is not None and work.config.train.epochs:
-        history = _train(work, "train", traced.net, work.config.train, None, None)
-    accuracy = work.test(traced.net)
+    with work.inside(built.whole):
+        check(net, work.task, config.model.input_shape)
+        if config.train is not None and config.train.epochs:
+            history = _train(work, "train", net, config.train, None, None)
+        accuracy = work.test(net)
     document = {
         "accuracy": accuracy,
         "training": _training(history),
-        "unreached": list(traced.unreached),
-        "aliases": [list(pair) for pair in traced.aliases],
+        "unreached": list(built.traced.unreached),
+        "parts": None if built.whole is None else part_paths(config.model),
     }
-    return Done([*work.save(traced.net, "original"), work.write("train.json", document)], _figure(accuracy))
+    return Done([*work.save(net, "original"), work.write("train.json", document)], _figure(accuracy))
+
+
+def _check_parts(work: Work, built: Built) -> None:
+    finetune, why = work.config.finetune, built.why
+    if finetune is not None and finetune.distill is not None:
+        what = f"only a model that is traced whole can learn from the original, and here {why}"
+        raise ConfigError(what, "finetune.distill", "leave it out")
+    named = ", ".join(part_paths(work.config.model)) or "its tensors"
+    work.events.note(f"pruned, exported and timed is {named} alone, inside the whole model: {why}")
 
 
 def _figure(accuracy: Mapping[str, Any]) -> str:
@@ -211,9 +274,14 @@ def _training(result: TrainResult | None) -> dict[str, Any] | None:
 
 def prune_stage(work: Work) -> Done:
     """Prune to the target, cut the channels out, and prove the result equal to the masked network."""
-    config = work.config
     traced = work.traced("original")
-    kept = kept_names(traced.net, config.model, config.prune.keep)
+    with work.around():
+        return _prune(work, traced)
+
+
+def _prune(work: Work, traced: Traced) -> Done:
+    config = work.config
+    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
     traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
     started = datetime.now(UTC)
@@ -237,20 +305,20 @@ def _write_pruned(
     work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float, folded: list[str]
 ) -> Done:
     dense, plan = cut(pruned.masked, cmap, pruned.keep)
-    proof = verify(
-        pruned.unmasked.cpu(),
-        pruned.masked.cpu(),
-        dense.cpu(),
-        (work.example(),),
-        inexact=inexact_because(cmap),
-    )
-    if not proof.passed:
-        raise IntegrityError(
-            f"the dense network differs from the masked one by {proof.relative_error:.2e}, "
-            f"and the mask moved the output by {proof.movement:.2e}",
-            "prune",
-            "please report this model",
-        )
+    nets, inexact = (pruned.unmasked.cpu(), pruned.masked.cpu(), dense.cpu()), inexact_because(cmap)
+    proof, whole = verify(*nets, work.example(), inexact=inexact), None
+    if work.whole is not None:
+        work.whole.model.cpu()
+        whole = work.whole.proof(*nets, inexact)
+        work.whole.model.to(work.device)
+    for found in filter(None, (proof, whole)):
+        if not found.passed:
+            raise IntegrityError(
+                f"the dense network differs from the masked one by {found.relative_error:.2e}, "
+                f"and the mask moved the output by {found.movement:.2e}",
+                "prune",
+                "please report this model",
+            )
     counts = class_counts(cmap, pruned.keep)
     kind, align = where.target.kind, work.align
     document = {
@@ -271,6 +339,7 @@ def _write_pruned(
         "pinned": pinned_rows(cmap),
         "folded": folded,
         "verification": asdict(proof),
+        "whole": None if whole is None else finite(asdict(whole)),
         "accuracy": work.test(dense),
     }
     outputs = [*work.save(dense, "pruned"), work.write("plan.json", plan.to_json())]
@@ -279,6 +348,11 @@ def _write_pruned(
     costs = _costs(cmap, counts)
     macs, params = (costs[kind]["after"] / costs[kind]["before"] for kind in ("macs", "params"))
     return Done(outputs, f"MACs {macs:.1%}, parameters {params:.1%} ({pruned.stop_reason})")
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with null for numbers that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _costs(cmap: ChannelMap, counts: Any) -> dict[str, Any]:
@@ -315,11 +389,13 @@ def finetune_stage(work: Work) -> Done:
     """Train the dense network on, and save it three ways: graph and weights, and .pt2."""
     net, config = work.load("pruned"), work.config.finetune
     history: TrainResult | None = None
-    if config is not None and config.epochs:
-        teacher = work.load("original") if config.distill is not None else None
-        state = _read_optimizer(work) if config.optimizer == "sgd" and config.momentum else None
-        history = _train(work, "finetune", net, config, teacher, state)
-    document: dict[str, Any] = {"accuracy": work.test(net), "training": _training(history)}
+    with work.around():
+        if config is not None and config.epochs:
+            teacher = work.load("original") if config.distill is not None else None
+            state = _read_optimizer(work) if config.optimizer == "sgd" and config.momentum else None
+            history = _train(work, "finetune", net, config, teacher, state)
+        accuracy = work.test(net)
+    document: dict[str, Any] = {"accuracy": accuracy, "training": _training(history)}
     for node in net.graph.nodes:
         node.meta["source"] = ""  # what is handed over carries none of the model's code
     outputs = work.save(net, "dense")
@@ -335,4 +411,4 @@ def _read_optimizer(work: Work) -> dict[str, dict[str, Tensor]]:
 
 def _write_program(work: Work, net: GraphNet) -> str:
     """`dense.pt2`, for those who serve with torch.export."""
-    return graphfile.save_program(net.cpu(), (work.example(),), {}, work.run / "dense.pt2").name
+    return graphfile.save_program(net.cpu(), work.example(), {}, work.run / "dense.pt2").name

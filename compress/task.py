@@ -50,7 +50,8 @@ class Task:
     batches of that epoch (the first is 1) from number ``start`` on, the same whenever it is asked.
     evaluate(model, split): "validation" or "test", in eval mode, the model's mode restored. classes: None
     when labels are not class numbers. fingerprint: a hash of the data, so that results of other data are
-    not taken for these.
+    not taken for these. example: what the model is called with (a tuple of arguments, or a dict of keyword
+    arguments) where that is not one tensor of `model.input_shape`.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -63,6 +64,7 @@ class Task:
     classes: int | None = None
     fingerprint: str = ""
     name: str = "task"
+    example: Any = None
 
 
 @dataclass(frozen=True)

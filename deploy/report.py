@@ -95,6 +95,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": tables.latency_warnings(results),
         "parity": tables.parity(results),
         "verification": tables.verification(results),
+        "around": tables.around(results),
         "layers": tables.layers(results),
         "thinnest": _thinnest(results),
         "pruning": tables.pruning_facts(results),
@@ -200,7 +201,16 @@ def _notes(results: Mapping[str, Any], verdict: str) -> list[str]:
     if isinstance(stated, str) and stated != verdict:
         said = f"The results file says “{stated}”, but its gates say “{verdict}”"
         notes.append(f"{said}. This page follows the gates.")
-    if section(results, "verification").get("passed") is False:
+    parts = ", ".join(map(text, entries(section(results, "model"), "parts")))
+    if parts:
+        notes.append(
+            f"Pruned, exported and timed is {parts} alone, as the model cannot be traced whole; "
+            "the accuracy is that of the whole model."
+        )
+    if (
+        section(results, "verification").get("passed") is False
+        or section(results, "whole").get("passed") is False
+    ):
         notes.append("The pruned model does not compute what the masked original computes. Do not ship it.")
     failed = sum(row.get("passed") is not True for row in rows(results, "parity"))
     if failed:

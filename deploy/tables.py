@@ -291,19 +291,32 @@ def pruning_facts(results: Mapping[str, Any]) -> str:
 def verification(results: Mapping[str, Any]) -> tuple[str, str]:
     """Verdict and sentence: does the pruned model compute what the masked original computes?"""
     found = section(results, "verification")
-    if not found:
-        return "", NOT_MEASURED
+    return _proof(found) if found else ("", NOT_MEASURED)
+
+
+def _proof(found: Mapping[str, Any]) -> tuple[str, str]:
     error, tolerance = scientific(number(found.get("relative_error"))), number(found.get("tolerance"))
     said = f"The relative error is {error} in {text(found.get('dtype'))}; the tolerance is "
-    said += (
-        f"{scientific(tolerance)}. Masking moves the output by {_three(found.get('movement'))} of its size"
-    )
+    moved = number(found.get("movement"))
+    effect = "changes how many results there are"
+    if moved is not None:
+        effect = f"moves the output by {_three(moved)} of its size"
+    said += f"{scientific(tolerance)}. Masking {effect}"
     if found.get("passed") is True and found.get("inexact"):
         because = f"Pruning through norms was asked for: {text(found['inexact'])}"
         return "inconclusive", f"{said}. {because}. The difference is what that costs before training."
     if found.get("passed") is True:
         return "pass", f"{said}, so the check is not empty."
     return "fail", f"{said}. The pruned model is not the model that was chosen. Do not ship it."
+
+
+def around(results: Mapping[str, Any]) -> tuple[str, str]:
+    """The same for the whole model around the pruned part; two empty texts where all of it is pruned."""
+    if not section(results, "whole"):
+        return "", ""
+    state, said = _proof(section(results, "whole"))
+    parts = ", ".join(map(text, entries(section(results, "model"), "parts")))
+    return state, f"The whole model around {parts or 'the part'}: {said[0].lower()}{said[1:]}"
 
 
 def headline_speedup(results: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -23,6 +23,20 @@ gates: {accuracy_drop: null, parity: true}
 out: run
 """
 
+DECIDES = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 8, 3, 2), nn.Flatten())
+        self.head = nn.Linear(200, 10)
+    def forward(self, x):
+        return self.head(self.body(x)) if x.sum() > -1e9 else x
+def net():
+    return Net()
+"""
+"""A model that decides on its data, so that it cannot be traced whole."""
+
 
 class Silent:
     """Events that remember what was said."""

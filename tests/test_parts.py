@@ -29,7 +29,7 @@ from compress.parts import Whole, arguments, trace_parts
 from compress.ports import split
 from compress.task import move
 from compress.trace import GraphNet, trace
-from tests.pipelines import start
+from tests.pipelines import DECIDES, start
 
 OPTIONS: dict[str, Any] = {"minibatches_per_step": 1, "units_per_step": 1000, "lr": 1e-4, "macs_ratio": 0.6}
 
@@ -439,7 +439,7 @@ def test_torchvision_detectors(name: str) -> None:
 
 
 class TestConfig:
-    def config(self, part: str | None, **more: Any) -> ModelConfig:
+    def config(self, part: str | list[str] | None, **more: Any) -> ModelConfig:
         given = {
             "name": "compress.zoo:cifar_resnet",
             "input_shape": [3, 16, 16],
@@ -467,17 +467,18 @@ class TestConfig:
         text = "model.part: 'layer22' names no module of the model that has parameters; did you mean layer2?"
         refused(3, text, inspect, self.config("layer22"), tmp_path)
 
+    def test_parts_as_a_list(self, tmp_path: Path) -> None:
+        found = inspect(self.config(["layer1", "layer2"]), tmp_path)
+        free = {row["name"] for row in found["layers"] if not row["pinned"]}
+        assert free == {"layer1.0.conv1", "layer2.0.conv1"}
+        refused(3, "'layer9' names no module", inspect, self.config(["layer1", "layer9"]), tmp_path)
+
     def test_a_model_that_cannot_be_traced_whole(self, tmp_path: Path) -> None:
-        (tmp_path / "mine.py").write_text(
-            "from torch import nn\n"
-            "class Net(nn.Module):\n"
-            "    def __init__(self):\n"
-            "        super().__init__()\n"
-            "        self.body = nn.Linear(4, 4)\n"
-            "    def forward(self, x):\n"
-            "        return self.body(x) if x.sum() > 0 else x\n"
-            "def net():\n    return Net()\n"
-        )
-        config = self.config("body", name="mine:net", input_shape=[4], kwargs={})
-        refused(4, "compress.prune(model, ..., part=...) prunes a part of any model", build, config, tmp_path)
-        refused(4, "mine.py:7 return self.body(x) if x.sum() > 0 else x", build, config, tmp_path)
+        (tmp_path / "mine.py").write_text(DECIDES)
+        config = self.config("body", name="mine:net", input_shape=[1, 28, 28], kwargs={})
+        found = build(config, tmp_path)
+        assert found.whole is not None
+        assert "x.sum()" in found.why
+        assert inspect(config, tmp_path)["parts"] == ["body"]
+        whole = config.model_copy(update={"part": None})
+        refused(4, "mine.py:9 return", build, whole, tmp_path)
