@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import linecache
 import logging
 import re
@@ -311,12 +312,12 @@ def export_errors(model: nn.Module) -> Iterator[None]:
     """Turn whatever the exporter raises into one line with the model's module and source line."""
     chatter = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = chatter.level
-    chatter.setLevel(logging.CRITICAL)  # it dumps the graph before raising
+    chatter.setLevel(logging.CRITICAL)  # it dumps the graph before raising, and prints it besides
     fix = (
         "check the input shape; where Python decides on data or sizes, prune the parts that do not: part=..."
     )
     try:
-        with model_errors(model, "cannot be traced", fix):
+        with contextlib.redirect_stderr(io.StringIO()), model_errors(model, "cannot be traced", fix):
             yield
     finally:
         chatter.setLevel(level)

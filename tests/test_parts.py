@@ -473,7 +473,9 @@ class TestConfig:
         assert free == {"layer1.0.conv1", "layer2.0.conv1"}
         refused(3, "'layer9' names no module", inspect, self.config(["layer1", "layer9"]), tmp_path)
 
-    def test_a_model_that_cannot_be_traced_whole(self, tmp_path: Path) -> None:
+    def test_a_model_that_cannot_be_traced_whole(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         (tmp_path / "mine.py").write_text(DECIDES)
         config = self.config("body", name="mine:net", input_shape=[1, 28, 28], kwargs={})
         found = build(config, tmp_path)
@@ -482,3 +484,4 @@ class TestConfig:
         assert inspect(config, tmp_path)["parts"] == ["body"]
         whole = config.model_copy(update={"part": None})
         refused(4, "mine.py:9 return", build, whole, tmp_path)
+        assert capfd.readouterr() == ("", "")
