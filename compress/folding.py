@@ -38,7 +38,7 @@ def folded(traced: Traced) -> Traced:
     graph = copy.deepcopy(traced.net.graph)
     net = GraphNet(traced.net, graph)
     net.eval()
-    still = _from_parameters(graph)
+    still = from_parameters(graph)
     made: dict[Any, str] = {}  # how it is computed -> its name: a module used twice keeps one weight
     origins: dict[str, tuple[str, ...]] = {}
     for node in list(graph.nodes):
@@ -50,7 +50,7 @@ def folded(traced: Traced) -> Traced:
         if recipe is None:
             continue
         if recipe not in made:
-            names = tuple(dict.fromkeys(str(n.target) for n in _upstream(weight) if n.op == "get_attr"))
+            names = tuple(dict.fromkeys(str(n.target) for n in upstream(weight) if n.op == "get_attr"))
             name = made[recipe] = _free_name(traced.net, node.meta["module"])
             trains = any(get_tensor(net, n).requires_grad for n in names)
             put_tensor(net, name, nn.Parameter(_value(net, weight, {}), requires_grad=trains))
@@ -69,7 +69,7 @@ def folded(traced: Traced) -> Traced:
     return replace(traced, net=slim, folded=tuple(origins.items()))
 
 
-def _from_parameters(graph: fx.Graph) -> set[fx.Node]:
+def from_parameters(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose values no input of the model reaches, and that are the same in both modes."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
@@ -79,17 +79,17 @@ def _from_parameters(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _upstream(node: fx.Node) -> list[fx.Node]:
+def upstream(node: fx.Node) -> list[fx.Node]:
     """The node and all that it is computed from, in the order of the graph."""
     found: dict[fx.Node, None] = {}
     for source in node.all_input_nodes:
-        found |= dict.fromkeys(_upstream(source))
+        found |= dict.fromkeys(upstream(source))
     return [*found, node]
 
 
 def _recipe(weight: fx.Node) -> Any:
     """How a weight is computed, equal for equal computations; None where that is only moved or scaled."""
-    steps = [n for n in _upstream(weight) if n.op == "call_function"]
+    steps = [n for n in upstream(weight) if n.op == "call_function"]
     plain = MOVEMENT | ZERO_STAYS_ZERO | {"getitem"}
     changes_others = any(getattr(getattr(s.target, "_schema", None), "is_mutable", False) for s in steps)
     if changes_others or all(short_name(step) in plain for step in steps):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,11 +49,11 @@ def read_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:
 
     The exact first-order expansion of removal, whatever activation lies in between.
     """
-    gates = _zeros(net, cmap)
+    gates = unit_zeros(net, cmap)
     for name, dim in sorted(cmap.reads):
         weight = get_tensor(net, name)
         if weight.grad is not None:
-            _add(gates, _sums(weight.detach(), weight.grad, dim), cmap.axes[name, dim])
+            add_by_unit(gates, slice_sums(weight.detach(), weight.grad, dim), cmap.axes[name, dim])
     return gates[:-1]
 
 
@@ -62,7 +63,7 @@ def write_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:
     In front of a train-mode batch norm the row's own sum is zero (scale invariance), so it is never used.
     Equal to `read_gates` where the activation in between is positively homogeneous (ReLU).
     """
-    gates = _zeros(net, cmap)
+    gates = unit_zeros(net, cmap)
     for writer in cmap.writers:
         units = cmap.axes.get(writer.weight)
         if units is None:
@@ -71,16 +72,17 @@ def write_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:
         for name, dim in members:
             tensor = get_tensor(net, name) if name else None
             if tensor is not None and tensor.grad is not None:
-                _add(gates, _sums(tensor.detach(), tensor.grad, dim), units)
+                add_by_unit(gates, slice_sums(tensor.detach(), tensor.grad, dim), units)
     return gates[:-1]
 
 
-def _zeros(net: nn.Module, cmap: ChannelMap) -> Tensor:
+def unit_zeros(net: nn.Module, cmap: ChannelMap) -> Tensor:
+    """One number per unit, and a last one that takes what belongs to none; (units + 1,)."""
     device = next(net.parameters()).device
-    return torch.zeros(cmap.units + 1, dtype=torch.float32, device=device)  # the last one takes what stays
+    return torch.zeros(cmap.units + 1, dtype=torch.float32, device=device)
 
 
-def _sums(a: Tensor, b: Tensor, dim: int) -> Tensor:
+def slice_sums(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """sum(a * b) over every dimension but `dim`, (size of dim,); of complex numbers, Re(a * conj(b)).
 
     In blocks of rows that fit the processor's cache: the product never goes to memory.
@@ -97,7 +99,8 @@ def _sums(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return torch.cat(parts) if dim == 0 else torch.stack(parts).sum(0)
 
 
-def _add(gates: Tensor, values: Tensor, units: np.ndarray) -> None:
+def add_by_unit(gates: Tensor, values: Tensor, units: np.ndarray) -> None:
+    """Add the values of an axis, (size,), to those of its units."""
     index = torch.from_numpy(units).to(gates.device) % len(gates)  # -1, what stays, goes to the last
     gates.index_add_(0, index, values.to(gates.dtype))
 
@@ -132,16 +135,17 @@ class Taylor:
         return self.average.cpu().numpy().astype(np.float64)
 
 
-def magnitude(net: nn.Module, cmap: ChannelMap) -> np.ndarray:
-    """L2 norm of the rows that write a unit, all members together (Li et al., ICLR 2017, with L2)."""
-    squares = _zeros(net, cmap)
+def magnitude(net: nn.Module, cmap: ChannelMap, norm: Literal[1, 2] = 2) -> np.ndarray:
+    """L2 or L1 norm of the rows that write a unit, all members together (Li et al., ICLR 2017)."""
+    found = unit_zeros(net, cmap)
     for writer in cmap.writers:
         name, dim = writer.weight
         units = cmap.axes.get((name, dim))
         if units is not None:
             weight = get_tensor(net, name).detach()
-            _add(squares, _sums(weight, weight, dim), units)
-    return squares[:-1].sqrt().cpu().numpy().astype(np.float64)
+            add_by_unit(found, slice_sums(weight, weight if norm == 2 else weight.sign(), dim), units)
+    norms = found[:-1].sqrt() if norm == 2 else found[:-1]
+    return norms.cpu().numpy().astype(np.float64)
 
 
 def random(cmap: ChannelMap, seed: int) -> np.ndarray:

@@ -1,0 +1,188 @@
+"""What a minibatch says about every unit: criteria, and the truth that they estimate.
+
+Each criterion is a function of one minibatch that gives (units,); scores are means over minibatches. L is the
+minibatch's mean loss, L_n the loss of example n, z_u the gate of unit u, g_u = dL/dz_u; equation numbers are
+those of Molchanov et al., CVPR 2019. A unit's gate stands on its reading side unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.channelmap import ChannelMap
+from compress.errors import ModelError
+from compress.gated import Gated
+from compress.importance import add_by_unit, slice_sums, unit_zeros
+from compress.task import Batch
+from compress.trace import get_tensor
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""The mean loss of a batch, a scalar."""
+
+
+# -- first order --------------------------------------------------------------------------------------
+
+
+def example_gradients(gated: Gated, batch: Batch, loss: Loss, *, graph: bool = False) -> Tensor:
+    """dL/dz_u as each example has its part in it, (examples, units); the sum over examples is g."""
+    value = loss(gated, batch)
+    used = gated.used
+    if used is None:
+        raise ModelError("the loss does not call the model", fix="call it on the batch")
+    found = torch.autograd.grad(value, used, create_graph=graph)[0]
+    return found if graph else found.detach()
+
+
+def taylor(gated: Gated, batch: Batch, loss: Loss) -> Tensor:
+    """g_u^2: Eq. 8, the group contribution of Eq. 6."""
+    return example_gradients(gated, batch, loss).sum(0).square()
+
+
+def taylor_examples(gated: Gated, batch: Batch, loss: Loss) -> Tensor:
+    """mean_n (dL_n/dz_u)^2: the paper's "full gradient", the diagonal of the empirical Fisher information."""
+    found = example_gradients(gated, batch, loss)
+    return (len(found) * found).square().mean(0)
+
+
+def taylor_output(gated: Gated, batch: Batch, loss: Loss, classes: Tensor) -> Tensor:
+    """mean_n |dL_n/dz_u| over the L2 norm of its layer's (Molchanov et al., ICLR 2017, Eq. 8).
+
+    classes: the layer of each unit, int64 (units,): `ChannelMap.classes`.
+    """
+    found = example_gradients(gated, batch, loss)
+    change = (len(found) * found).abs().mean(0)
+    squares = change.new_zeros(int(classes.max()) + 1).index_add_(0, classes, change.square())
+    return change / squares.sqrt()[classes].clamp_min(torch.finfo(change.dtype).tiny)
+
+
+def taylor_weights(net: nn.Module, cmap: ChannelMap) -> Tensor:
+    """sum over a unit's weights of (w dL/dw)^2: Eq. 7, the sum of individuals, on what writes the unit.
+
+    Call after `loss.backward()`.
+    """
+    found = unit_zeros(net, cmap)
+    for writer in cmap.writers:
+        units = cmap.axes.get(writer.weight)
+        if units is not None:
+            weight = get_tensor(net, writer.weight[0])
+            if weight.grad is not None:
+                product = weight.detach() * weight.grad
+                add_by_unit(found, slice_sums(product, product, writer.weight[1]), units)
+    return found[:-1]
+
+
+# -- second order -------------------------------------------------------------------------------------
+
+
+def hessian_diagonal(
+    gated: Gated, batch: Batch, loss: Loss, *, samples: int = 0, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """(g, H_uu): gradient and Hessian diagonal of L by the gates, (units,) each.
+
+    samples 0: exact, one backward pass per unit. Else Hutchinson's estimate from that many random signs v,
+    the mean of v * Hv (Bekas et al., 2007).
+    """
+    rows = example_gradients(gated, batch, loss, graph=True)
+    gates, gradient = gated.used, rows.sum(0)
+    assert gates is not None
+
+    def times(v: Tensor) -> Tensor:
+        found = torch.autograd.grad(gradient, gates, v, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(gradient) if found is None else found.sum(0)
+
+    if samples:
+        signs = torch.randint(0, 2, (samples, gated.units), generator=generator)
+        vectors: Iterator[Tensor] = (s.to(gradient) * 2 - 1 for s in signs)
+        diagonal = torch.stack([v * times(v) for v in vectors]).mean(0)
+    else:
+        eye = torch.eye(gated.units, dtype=gradient.dtype, device=gradient.device)
+        diagonal = torch.stack([times(row)[i] for i, row in enumerate(eye)])
+    return gradient.detach(), diagonal
+
+
+def taylor_second(gradient: Tensor, diagonal: Tensor) -> Tensor:
+    """(-g_u + H_uu / 2)^2: Eq. 4 with the diagonal of the Hessian alone."""
+    return (diagonal / 2 - gradient).square()
+
+
+def brain_damage(diagonal: Tensor) -> Tensor:
+    """H_uu / 2: optimal brain damage (LeCun et al., 1989), which takes the gradient for zero."""
+    return diagonal / 2
+
+
+# -- the logits expanded instead of the loss ----------------------------------------------------------
+
+
+def logit_jacobian(gated: Gated, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """(logits (n, classes), their derivatives by each example's own gates (n, classes, units))."""
+    logits = gated(inputs)
+    gates = gated.used
+    assert gates is not None
+    columns = [torch.autograd.grad(column.sum(), gates, retain_graph=True)[0] for column in logits.T]
+    return logits.detach(), torch.stack(columns, 1)
+
+
+def logit_changes(logits: Tensor, jacobian: Tensor, labels: Tensor) -> Tensor:
+    """How the loss of each example changes when a unit leaves, logits linear in its gate, loss exact.
+
+    cross_entropy(logits - J_u, y) - cross_entropy(logits, y), (n, units).
+    """
+    n, classes, units = jacobian.shape
+    moved = (logits[:, :, None] - jacobian).transpose(1, 2).reshape(n * units, classes)
+    after = functional.cross_entropy(moved, labels.repeat_interleave(units), reduction="none")
+    return after.reshape(n, units) - functional.cross_entropy(logits, labels, reduction="none")[:, None]
+
+
+def squared_mean(changes: Tensor) -> Tensor:
+    """(mean_n change)^2 of a minibatch: the statistic of Eq. 3 as the paper accumulates it, (units,)."""
+    return changes.mean(0).square()
+
+
+# -- the truth ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def leave_one_out(
+    gated: Gated, inputs: Tensor, labels: Tensor, *, together: int = 1, units: Any = None
+) -> Tensor:
+    """The oracle: the change of every example's loss when one unit is left out, (n, units).
+
+    together: units that go through the network in one batch. units: which ones; all if None.
+    """
+    chosen = torch.arange(gated.units) if units is None else torch.as_tensor(units)
+    before = functional.cross_entropy(gated(inputs), labels, reduction="none")
+    n, found = len(inputs), []
+    for part in torch.split(chosen, together):
+        gates = torch.ones((len(part), n, gated.units), dtype=inputs.dtype, device=inputs.device)
+        gates[torch.arange(len(part)), :, part] = 0
+        with gated.at(gates.reshape(-1, gated.units)):
+            logits = gated(inputs.repeat(len(part), *[1] * (inputs.dim() - 1)))
+        after = functional.cross_entropy(logits, labels.repeat(len(part)), reduction="none")
+        found.append(after.reshape(len(part), n) - before)
+    return torch.cat(found).T
+
+
+# -- of the weights alone -----------------------------------------------------------------------------
+
+
+def norm_scale(net: nn.Module, cmap: ChannelMap, *, gradient: bool = False) -> Tensor:
+    """sum |gamma| over a unit's batch norms (Liu et al., ICCV 2017), or (sum gamma dL/dgamma)^2.
+
+    Units without a batch norm get 0. gradient: call after `loss.backward()`.
+    """
+    found = unit_zeros(net, cmap)
+    for writer in cmap.writers:
+        units = cmap.axes.get(writer.weight)
+        if units is None or not writer.gamma:
+            continue
+        gamma = get_tensor(net, writer.gamma)
+        if not gradient:
+            add_by_unit(found, gamma.detach().abs(), units)
+        elif gamma.grad is not None:
+            add_by_unit(found, gamma.detach() * gamma.grad, units)
+    return found[:-1].square() if gradient else found[:-1]
