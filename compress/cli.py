@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "compress.yaml"
 CONFIG_ENDINGS = (".yaml", ".yml")
+PICTURES = (".png", ".svg", ".pdf")
 
 
 SECTIONS = {
-    "Start": ("init", "doctor", "inspect", "plan"),
+    "Start": ("init", "doctor", "inspect", "plan", "study"),
     "Everything at once": ("run",),
     "One stage (those before it must be done)": STAGES,
     "Results": ("compare", "verify"),
@@ -185,6 +186,40 @@ def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | 
     if output is not None:
         write_json(output, found["plan"])
     return Answer(found, lambda screen: show_plan(screen.out, found))
+
+
+@cli.answering("study")
+@_config_argument
+@_set_option
+@click.option("--images", type=click.IntRange(3), default=1000, show_default=True, help="Test images to use.")
+@click.option("--batch", type=click.IntRange(2), default=50, show_default=True, help="Images of a minibatch.")
+@click.option("--units", type=click.IntRange(3), metavar="N", help="Leave out N random units only; all if "
+              "not given.")  # fmt: skip
+@click.option("--plot", type=click.Path(), metavar="FILE", help="Draw scores against the truth (.png, .svg, "
+              ".pdf).")  # fmt: skip
+def study(
+    screen: Screen, config: str, overrides: tuple[str, ...], images: int, batch: int, units: int | None,
+    plot: str | None,
+) -> Answer:  # fmt: skip
+    """Show whether the scores tell the truth.
+
+    Leaves each unit of the model out, one at a time, and compares what that does to the loss with every
+    criterion. Takes a forward pass over the images for each unit.
+    """
+    from compress.show import show_study
+
+    if plot is not None and Path(plot).suffix not in PICTURES:
+        raise click.BadParameter(f"{plot} does not end in {', '.join(PICTURES)}", param_hint="--plot")
+    loaded, folder = _load(config, overrides)
+    with screen.events("loading torch, the model and the data") as events:
+        from compress import pipeline
+
+        found = pipeline.study(loaded, folder, images=images, batch=batch, units=units, events=events)
+    if plot is not None:
+        from deploy.charts import draw_study
+
+        draw_study(found, Path(plot))
+    return Answer(found, lambda screen: show_study(screen.out, found))
 
 
 @cli.answering("run")

@@ -29,8 +29,9 @@ from compress.release import bench_stage, export_stage, gate_stage, report_stage
 from compress.stages import STAGES
 from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_stage, train_stage
 from compress.task import build_task
+from compress.trace import Traced
 
-__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "look", "plan", "run", "verify"]
+__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "look", "plan", "run", "study", "verify"]
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
@@ -103,12 +104,17 @@ def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
     """What a run would remove: on the trained model if the train stage is done, else as it was built."""
     work = Work(config, folder, folder / config.out, events, lambda: False)
     preflight(work)
-    trained = work.run.exists() and manifest.is_done(work.run, "train", _key(work, "train"))
-    if not trained and config.train is not None and config.train.epochs:
-        events.warn(
-            "the model is not trained yet, so its scores mean little; compress run --until train first"
-        )
-    return preview.plan(work, work.traced("original") if trained else None)
+    return preview.plan(work, _trained(work))
+
+
+def _trained(work: Work) -> Traced | None:
+    """The model that the train stage left, if it is done."""
+    if work.run.exists() and manifest.is_done(work.run, "train", _key(work, "train")):
+        return work.traced("original")
+    if work.config.train is not None and work.config.train.epochs:
+        what = "the model is not trained yet, so its scores mean little; compress run --until train first"
+        work.events.warn(what)
+    return None
 
 
 def look(config: Config, folder: Path) -> dict[str, Any]:
@@ -117,6 +123,14 @@ def look(config: Config, folder: Path) -> dict[str, Any]:
     if is_user_code(config.data.name, folder):
         example = build_task(config.data, config.model, config.seed, folder).example
     return inspect(config.model, folder, prune=config.prune, example=example)
+
+
+def study(
+    config: Config, folder: Path, *, images: int, batch: int, units: int | None, events: Events
+) -> dict[str, Any]:
+    """Whether the criteria tell the truth about this model, on its test images. Nothing is written."""
+    work = Work(config, folder, folder / config.out, events, lambda: False)
+    return preview.study(work, _trained(work), images, batch, units)
 
 
 def _judged(done: tuple[tuple[str, str, float], ...]) -> bool:

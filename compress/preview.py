@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from compress.cost import class_counts, cost_model, layers
+from compress.errors import ConfigError
 from compress.importance import Taylor, magnitude, random, scored
 from compress.inspection import choices, kept_names, labelled, pinned_rows
 from compress.select import remove
 from compress.steps import Events, Work
+from compress.study import study as criteria_study
 from compress.surgery import cut
 from compress.task import Task, check
 from compress.trace import Traced
@@ -58,6 +61,45 @@ def _plan(work: Work, traced: Traced) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in layers(cmap, chosen.keep)],
         "pinned": pinned_rows(cmap),
         "plan": cut_plan.to_json(),
+    }
+
+
+def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int | None) -> dict[str, Any]:
+    """Every criterion against units that are left out, on test examples.
+
+    traced: the model if it is there already. images: how many examples; batch: of a minibatch; limit: leave
+    out that many random units only.
+    """
+    task, config = work.data, work.config
+    is_part = traced is None and work.built.whole is not None
+    if task.test_batches is None or task.classes is None or is_part:
+        what = "takes classifiers that are traced whole, with labelled test images"
+        fix = "in Python compress.study.study takes any labelled batches"
+        raise ConfigError(f"a study {what}", "study", fix)
+    traced = traced or work.built.traced
+    check(traced.net, task, config.model.input_shape)
+    traced, cmap = labelled(traced, kept_names(traced.net, config.model, config.prune.keep), config.prune)
+    units = None
+    if limit is not None and limit < cmap.units:
+        units = np.random.default_rng(config.seed).choice(cmap.units, limit, replace=False)
+    total = math.ceil(min(images, task.n_test) / batch)
+    found = criteria_study(
+        traced.net,
+        cmap,
+        islice(task.test_batches(batch), total),
+        units=units,
+        seed=config.seed,
+        progress=lambda done: work.events.progress("study", done, total, "leaving units out"),
+    )
+    return {
+        "model": config.model.name,
+        "units": cmap.units,
+        "left_out": len(found.units),
+        "images": found.images,
+        "batch": batch,
+        "rows": found.correlations(),
+        "scores": {name: values.tolist() for name, values in found.scores.items()},
+        "truths": {name: values.tolist() for name, values in found.truths.items()},
     }
 
 

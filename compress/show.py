@@ -255,6 +255,36 @@ def _short(value: object) -> str:
     return "not measured" if found is None else shortened(found, found).partition(" → ")[0]
 
 
+def show_study(console: Console, found: Data) -> None:
+    """Every criterion's agreement with the truth, best first."""
+    left, units = count(found.get("left_out")), count(found.get("units"))
+    line(console, text(found.get("model"), ""), "bold")
+    line(console, f"{left} of {units} units left out one by one, {count(found.get('images'))} test images")
+    kinds = list(dict.fromkeys(row.get("truth") for row in rows(found, "rows")))
+    by_name: dict[str, dict[Any, Data]] = {}
+    for row in rows(found, "rows"):
+        by_name.setdefault(text(row.get("criterion"), ""), {})[row.get("truth")] = row
+    order = sorted(by_name, key=lambda name: -(number(by_name[name]["minibatch"].get("spearman")) or -1.0))
+
+    def cell(row: Data, key: str) -> str:
+        return measured(row.get(key), lambda x: f"{x:.2f}")
+
+    heads = ("criterion", *map(str, kinds), "pearson", "kendall", "within layers")
+    cells = [
+        (
+            name,
+            *(cell(by_name[name][kind], "spearman") for kind in kinds),
+            *(
+                cell(by_name[name]["minibatch"], key)
+                for key in ("pearson", "kendall", "spearman_within_layers")
+            ),
+        )
+        for name in order
+    ]
+    title = "rank correlation (Spearman) with the squared change of the loss, summed up per ..."
+    _titled(console, title, heads, cells, right=tuple(range(1, len(heads))))
+
+
 # -- compare, verify, doctor --------------------------------------------------------------------------
 
 

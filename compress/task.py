@@ -51,7 +51,8 @@ class Task:
     evaluate(model, split): "validation" or "test", in eval mode, the model's mode restored. classes: None
     when labels are not class numbers. fingerprint: a hash of the data, so that results of other data are
     not taken for these. example: what the model is called with (a tuple of arguments, or a dict of keyword
-    arguments) where that is not one tensor of `model.input_shape`.
+    arguments) where that is not one tensor of `model.input_shape`. test_batches(size): the test examples in
+    batches of that size, in a fixed order; None where the task has none to give.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -65,6 +66,7 @@ class Task:
     fingerprint: str = ""
     name: str = "task"
     example: Any = None
+    test_batches: Callable[[int], Iterator[Batch]] | None = None
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
         classes=_classes(splits),
         fingerprint=_fingerprint(splits, config),
         name=splits.name,
+        test_batches=lambda size: test.source.batches(test.draws(size)),
     )
 
 

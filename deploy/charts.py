@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -347,6 +348,35 @@ def _trim(name: str, longest: int) -> str:
     tail = name[-(longest - 1) :]
     cut = tail.find(".")
     return "…" + (tail[cut + 1 :] if 0 <= cut < longest // 2 else tail)
+
+
+def draw_study(found: Mapping[str, Any], path: Path) -> None:
+    """Scores against the truth, one panel per criterion, on logarithmic axes; the ending says the format."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    names = list(found["scores"])
+    truth = found["truths"]["minibatch"]
+    agreement = {row["criterion"]: row["spearman"] for row in found["rows"] if row["truth"] == "minibatch"}
+    with _style():
+        figure = _figure(2.3 * -(-len(names) // 4))
+        panels = _grid(figure, -(-len(names) // 4), 4)
+        for panel, name in zip(panels, names, strict=False):
+            pairs = [(x, y) for x, y in zip(found["scores"][name], truth, strict=True) if x > 0 and y > 0]
+            panel.loglog(*zip(*pairs, strict=True) if pairs else ([], []), ".", markersize=2, color=BLUE)
+            told = agreement[name]
+            panel.set_title(f"{name}\n{'-' if told is None else f'{told:.2f}'}", fontsize=8)
+            panel.tick_params(labelsize=6)
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_locator(LogLocator(numticks=4))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+                axis.set_minor_locator(NullLocator())
+                axis.set_minor_formatter(NullFormatter())
+        for panel in panels[len(names) :]:
+            panel.set_visible(False)
+        figure.supxlabel("score", fontsize=8)
+        figure.supylabel("squared change of the loss", fontsize=8)
+        figure.set_facecolor("white")
+        figure.savefig(path)
 
 
 def _style() -> AbstractContextManager[None]:

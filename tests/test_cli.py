@@ -563,6 +563,27 @@ def test_inspect_takes_the_model_of_a_config(capfd: Capture) -> None:
     assert found["units"] > 0
 
 
+def test_study_of_a_config(capfd: Capture, tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        'version: 1\nmodel: {name: "compress.zoo:cifar_resnet", input_shape: [1, 28, 28],\n'
+        "  kwargs: {depth: 8, width: 4, channels: 1}}\ndata: {name: mnist5k, test_limit: 30}\n"
+    )
+    arguments = ("study", str(config), "--batch", "10", "--units", "8", "--plot", str(tmp_path / "s.png"))
+    found = call_json(capfd, *arguments)["result"]
+    assert (found["left_out"], found["images"]) == (8, 30)
+    assert {row["truth"] for row in found["rows"]} == {"mean", "minibatch", "example"}
+    assert len(found["scores"]["taylor"]) == len(found["truths"]["minibatch"]) == 8
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = call(capfd, *arguments)
+    assert code == 0
+    assert "8 of 44 units left out one by one, 30 test images" in out
+    assert "within layers" in out
+    code, _, err = call(capfd, "study", str(config), "--plot", "s.bmp")
+    assert code == 2
+    assert "s.bmp does not end in .png, .svg, .pdf" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
