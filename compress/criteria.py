@@ -16,9 +16,9 @@ from torch.nn import functional
 
 from compress.channelmap import ChannelMap
 from compress.errors import ModelError
-from compress.gated import Gated
+from compress.gated import Gated, Replay
 from compress.importance import add_by_unit, slice_sums, unit_zeros
-from compress.task import Batch
+from compress.task import Batch, logits_of
 from compress.trace import get_tensor
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -152,16 +152,14 @@ def leave_one_out(
 ) -> Tensor:
     """The oracle: the change of every example's loss when one unit is left out, (n, units).
 
-    together: units that go through the network in one batch. units: which ones; all if None.
+    together: units that go through the network in one batch. units: which ones; all if None. Only what
+    comes after a unit's gates is computed again.
     """
     chosen = torch.arange(gated.units) if units is None else torch.as_tensor(units)
-    before = functional.cross_entropy(gated(inputs), labels, reduction="none")
-    n, found = len(inputs), []
+    replay, n, found = Replay(gated, inputs), len(inputs), []
+    before = functional.cross_entropy(logits_of(replay.result), labels, reduction="none")
     for part in torch.split(chosen, together):
-        gates = torch.ones((len(part), n, gated.units), dtype=inputs.dtype, device=inputs.device)
-        gates[torch.arange(len(part)), :, part] = 0
-        with gated.at(gates.reshape(-1, gated.units)):
-            logits = gated(inputs.repeat(len(part), *[1] * (inputs.dim() - 1)))
+        logits = logits_of(replay.without(part))
         after = functional.cross_entropy(logits, labels.repeat(len(part)), reduction="none")
         found.append(after.reshape(len(part), n) - before)
     return torch.cat(found).T

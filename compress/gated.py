@@ -20,7 +20,7 @@ from compress.channelmap import ChannelMap
 from compress.errors import ModelError
 from compress.folding import from_parameters, upstream
 from compress.labels import core, short_name, varying
-from compress.trace import GraphNet
+from compress.trace import GraphNet, get_tensor
 
 Side = Literal["read", "write"]
 
@@ -89,6 +89,76 @@ class Gated(nn.Module):
             yield
         finally:
             self.gates = before
+
+
+class Replay:
+    """A forward pass of a gated network that is remembered, and done again with units switched off.
+
+    Only the nodes behind a unit's gates are computed again. inputs: (n, ...), the one input of the net.
+    """
+
+    def __init__(self, gated: Gated, inputs: Tensor) -> None:
+        self.graph, self.net, self.count = gated.net.graph, gated.net, len(inputs)
+        self.structure = gated.structure
+        gates, given = [n for n in self.graph.nodes if n.op == "placeholder"]
+        ones = torch.ones((len(inputs), gated.units), dtype=inputs.dtype, device=inputs.device)
+        self.gates, self.moving = gates, self._behind({given, gates})
+        self.known: dict[fx.Node, Any] = {gates: ones, given: inputs}
+        self.result = self._run([n for n in self.graph.nodes if n not in self.known], self.known, 1)
+        self.products = {
+            node: set(self.known[node.args[2]].flatten().tolist())
+            for node in self.graph.nodes
+            if node.target is _multiplied
+        }
+
+    def without(self, units: Tensor) -> Any:
+        """The net's result with each of these units off by itself: (len(units) * n, ...), unit after unit."""
+        k, off = len(units), set(units.tolist())
+        gates = self.known[self.gates].repeat(k, 1)
+        rows = torch.arange(k).repeat_interleave(self.count)
+        gates[torch.arange(len(rows)), units[rows]] = 0
+        first = {node for node, own in self.products.items() if own & off}
+        again = self._behind(first)
+        values = {self.gates: gates}
+        return self._run([n for n in self.graph.nodes if n in again], values, k)
+
+    def _behind(self, first: set[fx.Node]) -> set[fx.Node]:
+        """These nodes and all that depend on them."""
+        found = set(first)
+        for node in self.graph.nodes:
+            if found & set(node.all_input_nodes):
+                found.add(node)
+        return found
+
+    def _run(self, nodes: list[fx.Node], values: dict[fx.Node, Any], k: int) -> Any:
+        """Compute these nodes; what is not in `values` is as it was, k times where it has the batch."""
+
+        def value(node: fx.Node) -> Any:
+            if node in values:
+                return values[node]
+            before = self.known[node]
+            if k == 1 or node not in self.moving:
+                return before
+            return pytree.tree_map(lambda x: self._repeated(x, k), before)
+
+        for node in nodes:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            if node.op == "output":
+                return pytree.tree_unflatten(pytree.tree_leaves(args[0]), self.structure.out_spec)
+            if node.op == "get_attr":
+                values[node] = get_tensor(self.net, str(node.target))
+                continue
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable:  # it must not write into what is remembered
+                args = pytree.tree_map_only(Tensor, torch.clone, args)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return pytree.tree_map(lambda x: self._repeated(x, k), self.result)  # nothing reads these units
+
+    def _repeated(self, x: Any, k: int) -> Any:
+        """What has the batch, k times over: tensors along dimension 0, and its size as a number."""
+        if isinstance(x, Tensor) and x.dim():
+            return x.repeat(k, *[1] * (x.dim() - 1))
+        return x * k if isinstance(x, int) else x
 
 
 def _multiplied(x: Tensor, gates: Tensor, units: Tensor) -> Tensor:

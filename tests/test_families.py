@@ -167,3 +167,20 @@ class TestAttention:
 def test_auxiliary_heads_are_named_as_unreached() -> None:
     unreached = family("googlenet").traced.unreached
     assert {name.split(".")[0] for name in unreached} == {"aux1", "aux2"}
+
+
+@pytest.mark.parametrize(("name", "inner", "streams"), [
+    ("resnet34", 7552, 960), ("resnet50", 7552, 3840), ("resnet101", 16256, 3840),
+])  # fmt: skip
+def test_gates_where_the_paper_places_them(name: str, inner: int, streams: int) -> None:
+    """Behind the first two batch norms of every block, and one per channel of each stage's stream: 8,512,
+    11,392 and 20,096 gates (Molchanov et al., CVPR 2019, official placement)."""
+    traced = trace(build(name), images(size=64))
+    cmap = channel_map(traced)
+    behind = [w for w in cmap.writers if w.weight[0].endswith((".conv1.weight", ".conv2.weight")) and w.gamma]
+    assert sum(cmap.shapes[writer.weight[0]][0] for writer in behind) == inner
+    writes: dict[int, set[str]] = {}
+    for writer in cmap.writers:
+        for unit in cmap.axes.get(writer.weight, []):
+            writes.setdefault(int(unit), set()).add(writer.weight[0])
+    assert sum(len(names) > 1 for names in writes.values()) == streams
