@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from compress import product_rules  # noqa: F401  # importing it registers the rules of layers and products
 from compress.errors import ModelError
 from compress.labels import Granularity, Ledger, Value, collapse, core, fixed, short_name, varying
+from compress.names import first_line
 from compress.rules import MOVEMENT, find, values_in
 from compress.trace import Traced, get_tensor, placeholders
 
@@ -157,12 +158,14 @@ def _shape(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     kwargs = {k: (torch.device("meta") if isinstance(v, torch.device) else v) for k, v in kwargs.items()}
     try:
         return node.target(*_numbers(args, "meta"), **_numbers(kwargs, "meta"))  # type: ignore[operator]
-    except Exception as error:
-        raise ModelError(
-            f"{short_name(node)}: the size of its result depends on the data",
-            where=node.meta.get("source", ""),
-            fix="move it behind the exported part of the model",
-        ) from error
+    except Exception as error:  # whatever an op raises
+        what, fix = (
+            "the size of its result depends on the data",
+            "move it behind the exported part of the model",
+        )
+        if not isinstance(error, NotImplementedError) and "meta tensor" not in str(error):
+            what, fix = f"fails on the example: {first_line(error)}", "check its dtype and shape"
+        raise ModelError(f"{short_name(node)}: {what}", node.meta.get("source", ""), fix) from error
 
 
 def shapes(traced: Traced) -> dict[str, tuple[int, ...]]:

@@ -147,6 +147,12 @@ class TestPins:
         assert "depends on the data" in str(caught.value)
         assert "test_channelmap.py:" in str(caught.value)
 
+    def test_an_example_of_another_dtype_than_the_net_says_so(self) -> None:
+        traced = trace(nn.Conv2d(3, 4, 3), images())
+        traced.net.double()
+        with pytest.raises(ModelError, match="conv2d: fails on the example: "):
+            channel_map(traced)
+
     def test_in_place_pins_what_the_code_counts(self) -> None:
         class Halves(nn.Module):
             def __init__(self) -> None:
