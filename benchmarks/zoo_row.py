@@ -242,18 +242,12 @@ def compared(row: Row, traced: Traced, masked: GraphNet, dense: GraphNet, size: 
 
 def rounded(net: GraphNet, inputs: Sequence[Tensor]) -> float:
     """How far float32 alone moves the outputs, against float64."""
-    from compress.proof import relative_error
-
-    single = outputs(net, inputs)
-    wide = outputs(copy.deepcopy(net).double(), [x.double() for x in inputs])
-    return relative_error(wide, [x.double() for x in single])
-
-
-def outputs(net: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     import torch
 
-    with torch.no_grad():
-        return tensors(net(*inputs))
+    from compress.proof import outputs, relative_error
+
+    single, wide = (outputs(net, (tuple(inputs), {}), dtype) for dtype in (torch.float32, torch.float64))
+    return relative_error(wide, [x.double() for x in single])
 
 
 def finite(value: float) -> float | None:

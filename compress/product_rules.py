@@ -120,7 +120,7 @@ def _contracted(ledger: Ledger, a: _Factor, b: _Factor, out: str) -> list[Tensor
     pairs = [x for x in sorted(summed) if x in a.moving | b.moving]
     if not pairs:
         return []
-    single = all(len(f.moving) <= 1 for f in (a, b)) and len(pairs) == 1
+    single = len(pairs) == 1 and all(f.moving <= {pairs[0]} for f in (a, b))
     if not single or not all(pairs[0] in f.letters for f in (a, b)):
         for factor in (a, b):
             if factor.moving & summed:

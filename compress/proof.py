@@ -85,11 +85,12 @@ def relative_error(reference: Sequence[Tensor], other: Sequence[Tensor]) -> floa
 
 def _compared(models: Sequence[nn.Module], given: Any, dtype: torch.dtype) -> tuple[float, float]:
     """(error, movement) of the original, the masked and the dense model on these arguments."""
-    a, b, c = (_outputs(model, given, dtype) for model in models)
+    a, b, c = (outputs(model, given, dtype) for model in models)
     return relative_error(b, c), relative_error(a, b)
 
 
-def _outputs(model: nn.Module, given: Any, dtype: torch.dtype) -> list[Tensor]:
+def outputs(model: nn.Module, given: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The tensors that a copy of the model, cast to `dtype`, gives in eval mode; given: (args, kwargs)."""
     ready = copy.deepcopy(model).eval()
     ready._apply(lambda x: _widened(x, dtype))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     for module in ready.modules():

@@ -7,6 +7,7 @@ The exporter writes source lines and absolute paths into the file; they are remo
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import logging
@@ -69,7 +70,7 @@ def export(
     """
     inputs = example if isinstance(example, tuple) else (example,)
     _refuse(model, inputs)
-    program = _run_exporter(model, inputs, opset)
+    program = _run_exporter(_with_flat_attention(model), inputs, opset)
     proto = _clean(program, metadata or {})
     _check(proto, opset)
     content: bytes = proto.SerializeToString(deterministic=True)
@@ -96,9 +97,12 @@ def _refuse(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             )
     _refuse_training_mode(model)
     size = 0
-    for name, tensor in _stored(model):
+    weights = dict(model.named_parameters())
+    for name, tensor in (*weights.items(), *model.named_buffers()):
         size += tensor.numel() * tensor.element_size()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        # A buffer may well be infinite: a mask, or a limit that is off.
+        unsound = tensor.isnan() if name not in weights else ~tensor.isfinite()
+        if tensor.is_floating_point() and bool(unsound.any()):
             raise ExportError("holds NaN or infinity", name, "load or train finite weights first")
     if size > LARGEST_FILE_BYTES:
         raise ExportError(f"{size} bytes of weights do not fit in one ONNX file (2 GiB)", fix="prune further")
@@ -129,9 +133,42 @@ def _trains(node: torch.fx.Node) -> bool:
     return given.get("train") is True or given.get("training") is True
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _with_flat_attention(model: nn.Module) -> nn.Module:
+    """The model, its attention over several batch dimensions as over one: the exporter takes no other."""
+    from torch import fx
+
+    if not isinstance(model, fx.GraphModule):
+        return model
+    name = "aten.scaled_dot_product_attention.default"
+    if not any(str(node.target) == name for node in model.graph.nodes):
+        return model
+    flat = fx.GraphModule(model, copy.deepcopy(model.graph))
+    for node in flat.graph.nodes:
+        if str(node.target) == name:
+            node.target = _attention
+    flat.recompile()
+    return flat.eval()
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    """scaled_dot_product_attention of tensors of any rank from 3 on, by tensors of rank 4."""
+    import torch
+
+    whole = torch.ops.aten.scaled_dot_product_attention.default
+    if query.dim() == 4:
+        found: Tensor = whole(query, key, value, attn_mask, *rest, **named)
+        return found
+    batch = query.shape[:-2]
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-2:])
+
+    def four(x: Tensor | None) -> Tensor | None:
+        return x if x is None else x.reshape(-1, 1 if x.dim() == 3 else x.shape[-3], *x.shape[-2:])
+
+    made: Tensor = whole(four(query), four(key), four(value), four(attn_mask), *rest, **named)
+    return made.reshape(*batch, *made.shape[-2:])
 
 
 def _run_exporter(model: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) -> torch.onnx.ONNXProgram:

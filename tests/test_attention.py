@@ -297,3 +297,21 @@ def test_gates_and_frozen_readers_are_scored_and_left_as_they_were() -> None:
         tensor = get_tensor(traced.net, name)
         assert tensor.grad is None
         assert not tensor.requires_grad
+
+
+def test_what_is_summed_over_stays_where_the_other_factor_has_channels_elsewhere() -> None:
+    class Mixed(nn.Module):
+        """A token mixer whose weights are activations: its own channels are the other factor's tokens."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.value, self.out = nn.Linear(8, TOKENS), nn.Linear(8, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(self.mix(x) @ self.value(x))
+            return out
+
+    done = check_cut(randomise(Mixed()), (torch.randn(2, TOKENS, 8),))
+    assert free_units(done.cmap, "value.weight") == 7
+    assert free_units(done.cmap, "mix.weight") == 0
+    assert any("summed over together with another axis" in pin.reason for pin in done.cmap.pinned)

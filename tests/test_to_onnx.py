@@ -205,6 +205,27 @@ def test_non_finite_weights_are_refused_by_name(tmp_path: Path) -> None:
         export(model, X, tmp_path / "m.onnx")
 
 
+def test_an_infinite_buffer_is_a_mask_and_a_nan_is_not(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        limit: Tensor
+
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("limit", torch.tensor([0.0, value, 0.0, 0.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.fc(x) + self.limit).softmax(-1)
+
+    x = torch.randn(2, 4)
+    model = Masked(-torch.inf).eval()
+    export(model, x, tmp_path / "m.onnx")
+    (found,) = open_runner("onnxruntime", tmp_path / "m.onnx").infer((x.numpy(),))
+    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ExportError, match="limit: holds NaN or infinity"):
+        export(Masked(torch.nan).eval(), x, tmp_path / "m.onnx")
+
+
 def test_a_batch_of_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"input 0: example shape \[1, 3, 4, 4\] has no common batch"):
         export(small(), X[:1], tmp_path / "m.onnx")
@@ -248,3 +269,32 @@ def test_logging_and_warnings_are_as_before_afterwards(tmp_path: Path) -> None:
     with pytest.raises(DeployError):
         export(Branch(), torch.randn(2, 3), tmp_path / "m.onnx")
     assert (logging.root.manager.disable, list(warnings.filters)) == before
+
+
+class Windows(nn.Module):
+    """Attention of tensors with one, two and three dimensions in front of the tokens."""
+
+    def __init__(self, windows: int, heads: int, masked: bool) -> None:
+        super().__init__()
+        self.windows, self.heads = windows, heads
+        self.qkv = nn.Linear(8, 24)
+        self.mask = nn.Parameter(torch.randn(4, 4)) if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.heads:
+            q, k, v = (y.reshape(x.shape[0], self.windows, self.heads, 4, -1) for y in (q, k, v))
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, self.mask)
+        return found.reshape(x.shape)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("windows", "heads"), [(1, 0), (3, 2)])
+def test_attention_of_any_rank(tmp_path: Path, windows: int, heads: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Windows(windows, heads, masked).eval(), torch.randn(2, 4 * windows, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    export(program.module(), x, tmp_path / "m.onnx")
+    other = torch.randn(5, 4 * windows, 8)
+    (found,) = open_runner("onnxruntime", tmp_path / "m.onnx").infer((other.numpy(),))
+    np.testing.assert_allclose(found, model(other).detach().numpy(), rtol=1e-4, atol=1e-5)
