@@ -70,7 +70,7 @@ def export(
     """
     inputs = example if isinstance(example, tuple) else (example,)
     _refuse(model, inputs)
-    program = _run_exporter(_with_flat_attention(model), inputs, opset)
+    program = _run_exporter(_written_plainly(model), inputs, opset)
     proto = _clean(program, metadata or {})
     _check(proto, opset)
     content: bytes = proto.SerializeToString(deterministic=True)
@@ -133,21 +133,19 @@ def _trains(node: torch.fx.Node) -> bool:
     return given.get("train") is True or given.get("training") is True
 
 
-def _with_flat_attention(model: nn.Module) -> nn.Module:
-    """The model, its attention over several batch dimensions as over one: the exporter takes no other."""
+def _written_plainly(model: nn.Module) -> nn.Module:
+    """The model without what the exporter refuses or gets wrong: `_PLAINER` ops in its graph replaced."""
     from torch import fx
 
     if not isinstance(model, fx.GraphModule):
         return model
-    name = "aten.scaled_dot_product_attention.default"
-    if not any(str(node.target) == name for node in model.graph.nodes):
+    if not any(str(node.target) in _PLAINER for node in model.graph.nodes):
         return model
-    flat = fx.GraphModule(model, copy.deepcopy(model.graph))
-    for node in flat.graph.nodes:
-        if str(node.target) == name:
-            node.target = _attention
-    flat.recompile()
-    return flat.eval()
+    plain = fx.GraphModule(model, copy.deepcopy(model.graph))
+    for node in plain.graph.nodes:
+        node.target = _PLAINER.get(str(node.target), node.target)
+    plain.recompile()
+    return plain.eval()
 
 
 def _attention(
@@ -169,6 +167,19 @@ def _attention(
 
     made: Tensor = whole(four(query), four(key), four(value), four(attn_mask), *rest, **named)
     return made.reshape(*batch, *made.shape[-2:])
+
+
+def _clamp(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    """clamp with tensors as limits, without a minimum of a maximum: onnxscript 0.7 makes of these a Clip in
+    the wrong place, and the graph is not sorted."""
+    x = x if low is None else low.where(x < low, x)
+    return x if high is None else high.where(x > high, x)
+
+
+_PLAINER: dict[str, Any] = {
+    "aten.scaled_dot_product_attention.default": _attention,
+    "aten.clamp.Tensor": _clamp,
+}
 
 
 def _run_exporter(model: nn.Module, inputs: tuple[Tensor, ...], opset: int | None) -> torch.onnx.ONNXProgram:

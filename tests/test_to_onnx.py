@@ -226,6 +226,26 @@ def test_an_infinite_buffer_is_a_mask_and_a_nan_is_not(tmp_path: Path) -> None:
         export(Masked(torch.nan).eval(), x, tmp_path / "m.onnx")
 
 
+def test_limits_that_are_tensors(tmp_path: Path) -> None:
+    class Limited(nn.Module):
+        low: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("low", torch.tensor(-torch.inf))
+            self.high = nn.Parameter(torch.tensor(0.2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(torch.clamp(x, self.low, self.high) * 2, None, self.high)
+
+    x = torch.randn(2, 4)
+    model = Limited().eval()
+    shapes = ({0: torch.export.Dim("batch")},)
+    export(torch.export.export(model, (x,), dynamic_shapes=shapes).module(), x, tmp_path / "m.onnx")
+    (found,) = open_runner("onnxruntime", tmp_path / "m.onnx").infer((x.numpy(),))
+    np.testing.assert_allclose(found, model(x).detach().numpy(), rtol=1e-6)
+
+
 def test_a_batch_of_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"input 0: example shape \[1, 3, 4, 4\] has no common batch"):
         export(small(), X[:1], tmp_path / "m.onnx")
