@@ -159,14 +159,19 @@ def _attention(
         found: Tensor = whole(query, key, value, attn_mask, *rest, **named)
         return found
     batch = query.shape[:-2]
-    if attn_mask is not None:
+    if attn_mask is not None and not _same_batch(attn_mask, query):
         attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-2:])
 
     def four(x: Tensor | None) -> Tensor | None:
-        return x if x is None else x.reshape(-1, 1 if x.dim() == 3 else x.shape[-3], *x.shape[-2:])
+        return x if x is None else x.unsqueeze(1) if x.dim() == 3 else x.flatten(0, -4)
 
     made: Tensor = whole(four(query), four(key), four(value), four(attn_mask), *rest, **named)
-    return made.reshape(*batch, *made.shape[-2:])
+    return made.squeeze(1) if len(batch) == 1 else made.reshape(*batch, *made.shape[-2:])
+
+
+def _same_batch(mask: Tensor, query: Tensor) -> bool:
+    """Whether no dimension in front of the last two has to be broadcast (expand would fix a symbolic one)."""
+    return mask.dim() == query.dim() and not any(isinstance(n, int) and n == 1 for n in mask.shape[:-2])
 
 
 def _clamp(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
