@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -92,7 +92,7 @@ class Work:
     def around(self) -> Iterator[None]:
         """Within, nets of the parts of a model that is not traced whole stand in their places in it."""
         traced_whole = self.read("train.json")["parts"] is None
-        with nullcontext() if traced_whole else self.inside(self.built.whole):
+        with self.inside(None if traced_whole else self.built.whole):
             yield
 
     @contextmanager
@@ -209,6 +209,8 @@ def train_stage(work: Work) -> Done:
         if config.train is not None and config.train.epochs:
             history = _train(work, "train", net, config.train, None, None)
         accuracy = work.test(net)
+    if built.whole is None:
+        del work.built  # later stages read files
     document = {
         "accuracy": accuracy,
         "training": _training(history),
