@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from compress.labels import short_name
+from compress.ports import before
 from compress.rules import MOVEMENT, ZERO_STAYS_ZERO
 from compress.trace import GraphNet, Traced, get_tensor, put_tensor
 
@@ -81,10 +82,8 @@ def from_parameters(graph: fx.Graph) -> set[fx.Node]:
 
 def upstream(node: fx.Node) -> list[fx.Node]:
     """The node and all that it is computed from, in the order of the graph."""
-    found: dict[fx.Node, None] = {}
-    for source in node.all_input_nodes:
-        found |= dict.fromkeys(upstream(source))
-    return [*found, node]
+    found = before([node])
+    return [n for n in node.graph.nodes if n in found]
 
 
 def _recipe(weight: fx.Node) -> Any:
@@ -95,12 +94,11 @@ def _recipe(weight: fx.Node) -> Any:
     if changes_others or all(short_name(step) in plain for step in steps):
         return None
 
-    def told(node: fx.Node) -> str:
-        if node.op == "get_attr":
-            return str(node.target)
-        return f"{node.target}{fx.map_arg((node.args, dict(node.kwargs)), told)}"
-
-    return told(weight)
+    told: dict[fx.Node, Any] = {}
+    for number, node in enumerate(upstream(weight)):
+        given = fx.map_arg((node.args, dict(node.kwargs)), lambda n: str(told[n][0]))
+        told[node] = (number, str(node.target), str(given))
+    return tuple(told.values())
 
 
 def _value(net: nn.Module, node: fx.Node, known: dict[fx.Node, Any]) -> Any:

@@ -126,7 +126,7 @@ def _part(net: GraphNet, port: Port, inputs: Sequence[fx.Node], results: Sequenc
         made.meta = {"module": "", "source": "", "switch": False}
         if is_tensor:
             own[leaf] = made
-    wanted = _before([*results, *_effects(net, port, inputs)])
+    wanted = before([*results, *_effects(net, port, inputs)])
     for node in net.graph.nodes:
         if node in wanted and node not in own:
             own[node] = graph.node_copy(node, own.__getitem__)
@@ -140,7 +140,7 @@ def _part(net: GraphNet, port: Port, inputs: Sequence[fx.Node], results: Sequenc
     return part
 
 
-def _before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """These nodes and all that they are computed from."""
     found: set[fx.Node] = set()
     todo = list(nodes)
@@ -163,7 +163,7 @@ def _effects(net: GraphNet, port: Port, inputs: Sequence[fx.Node]) -> list[fx.No
         for node in net.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     ]
-    return [writer for writer in writers if any(map(of_the_part, _before([writer])))]
+    return [writer for writer in writers if any(map(of_the_part, before([writer])))]
 
 
 class Guard:
