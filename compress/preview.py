@@ -9,16 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from compress.channelmap import ChannelMap
+from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError
-from compress.importance import Taylor, magnitude, random, scored
+from compress.importance import scored
 from compress.inspection import choices, kept_names, labelled, pinned_rows
+from compress.scorers import OF_WEIGHTS, scorer
 from compress.select import remove
 from compress.steps import Events, Work
 from compress.study import study as criteria_study
 from compress.surgery import cut
 from compress.task import Task, check
-from compress.trace import Traced
+from compress.trace import GraphNet, Traced
 
 
 def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
@@ -37,12 +40,7 @@ def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
     traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
-    if config.prune.criterion == "taylor":
-        scores = _taylor(traced.net, cmap, task, config.prune.minibatches_per_step, work.events)
-    elif config.prune.criterion == "magnitude":
-        scores = magnitude(traced.net, cmap)
-    else:
-        scores = random(cmap, config.seed)
+    scores = _scores(traced.net, cmap, task, config, work.events)
     chosen = remove(scores, np.ones(cmap.units, dtype=bool), where)
     _, cut_plan = cut(traced.net, cmap, chosen.keep)
     model, counts = cost_model(cmap), class_counts(cmap, chosen.keep)
@@ -103,13 +101,14 @@ def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int
     }
 
 
-def _taylor(net: Any, cmap: Any, task: Task, minibatches: int, events: Events) -> np.ndarray:
+def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events: Events) -> np.ndarray:
     """Importance of the model as it stands: eval mode, no step is taken."""
-    importance = Taylor(cmap)
+    found = scorer(config.prune.criterion, net, cmap, task, ema=0.0, seed=config.seed)
+    minibatches = 0 if config.prune.criterion in OF_WEIGHTS else config.prune.minibatches_per_step
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)
         with scored(net, cmap, [p for p in net.parameters() if p.requires_grad]):
             task.loss(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            importance.accumulate(net)
+            found.accumulate(net, batch)
         events.progress("plan", number, minibatches, "scoring")
-    return importance.scores()
+    return found.scores()
