@@ -7,8 +7,7 @@ those of Molchanov et al., CVPR 2019. A unit's gate stands on its reading side u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -167,15 +166,15 @@ def squared_mean(changes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def leave_one_out(
-    gated: Gated, inputs: Tensor, labels: Tensor, *, together: int = 1, units: Any = None
+def leave_out(
+    gated: Gated, inputs: Tensor, labels: Tensor, sets: Tensor | None = None, *, together: int = 1
 ) -> Tensor:
-    """The oracle: the change of every example's loss when one unit is left out, (n, units).
+    """The oracle: the change of every example's loss without a set of units, (n, sets).
 
-    together: units that go through the network in one batch. units: which ones; all if None. Only what
-    comes after a unit's gates is computed again.
+    sets: int64 (sets, units in each); every unit alone if None. together: sets that go through the network
+    in one batch. Only what comes after the gates of a set's units is computed again.
     """
-    chosen = torch.arange(gated.units) if units is None else torch.as_tensor(units)
+    chosen = torch.arange(gated.units)[:, None] if sets is None else sets
     replay, n, found = Replay(gated, inputs), len(inputs), []
     before = functional.cross_entropy(logits_of(replay.result), labels, reduction="none")
     for part in torch.split(chosen, together):
@@ -183,6 +182,12 @@ def leave_one_out(
         after = functional.cross_entropy(logits, labels.repeat(len(part)), reduction="none")
         found.append(after.reshape(len(part), n) - before)
     return torch.cat(found).T
+
+
+def subsets(units: Sequence[int], size: int) -> Tensor:
+    """Every choice of `size` of these units, (choices, size): for the combinatorial oracle of one layer, the
+    choice that `leave_out` finds cheapest (Molchanov et al., CVPR 2019)."""
+    return torch.combinations(torch.as_tensor(units), size)
 
 
 # -- of the weights alone -----------------------------------------------------------------------------

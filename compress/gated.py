@@ -111,16 +111,14 @@ class Replay:
             if node.target is _multiplied
         }
 
-    def without(self, units: Tensor) -> Any:
-        """The net's result with each of these units off by itself: (len(units) * n, ...), unit after unit."""
-        k, off = len(units), set(units.tolist())
-        gates = self.known[self.gates].repeat(k, 1)
-        rows = torch.arange(k).repeat_interleave(self.count)
-        gates[torch.arange(len(rows)), units[rows]] = 0
+    def without(self, sets: Tensor) -> Any:
+        """The net's result without each of these sets of units, int64 (k, units in each): (k * n, ...)."""
+        k, off = len(sets), set(sets.flatten().tolist())
+        gates = self.known[self.gates].repeat(k, 1).reshape(k, self.count, -1)
+        gates[torch.arange(k)[:, None], :, sets] = 0
         first = {node for node, own in self.products.items() if own & off}
         again = self._behind(first)
-        values = {self.gates: gates}
-        return self._run([n for n in self.graph.nodes if n in again], values, k)
+        return self._run([n for n in self.graph.nodes if n in again], {self.gates: gates.flatten(0, 1)}, k)
 
     def _behind(self, first: set[fx.Node]) -> set[fx.Node]:
         """These nodes and all that depend on them."""

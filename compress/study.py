@@ -109,7 +109,7 @@ def study(
         add("norm scale taylor", criteria.norm_scale(net, cmap, gradient=True))
         net.zero_grad(set_to_none=True)
         linear.append(criteria.loss_changes(*criteria.logit_shifts(gated, images, labels)).double())
-        changes.append(criteria.leave_one_out(gated, images, labels, units=chosen).double())
+        changes.append(criteria.leave_out(gated, images, labels, torch.from_numpy(chosen)[:, None]).double())
         progress(number)
     if not changes:
         raise DataError("no examples to study", "study", "give at least one batch")

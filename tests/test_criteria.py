@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from math import comb
 
 import numpy as np
 import pytest
@@ -93,16 +94,19 @@ def test_gates_behind_what_writes_a_unit(name: str) -> None:
 def test_the_oracle_leaves_units_out_as_the_mask_does(name: str) -> None:
     net, cmap, x, y = prepared(name)
     chosen = np.random.default_rng(0).choice(cmap.units, 6, replace=False)
-    found = criteria.leave_one_out(Gated(net, cmap), x, y, together=4, units=chosen)
     before = functional.cross_entropy(net(x), y, reduction="none")
-    for column, unit in zip(found.T, chosen, strict=True):
-        masked = copy.deepcopy(net)
-        keep = np.ones(cmap.units, dtype=bool)
-        keep[unit] = False
-        mask(masked, cmap, keep)
-        change = functional.cross_entropy(masked(x), y, reduction="none") - before
-        torch.testing.assert_close(column, change.detach(), rtol=1e-9, atol=1e-12)
-    assert float(found.abs().max()) > 1e-6
+    for size, together in ((1, 4), (2, 3), (4, 1)):
+        sets = criteria.subsets(chosen, size)
+        assert len({frozenset(own) for own in sets.tolist()}) == len(sets) == comb(6, size)
+        found = criteria.leave_out(Gated(net, cmap), x, y, sets, together=together)
+        for column, own in zip(found.T, sets, strict=True):
+            masked = copy.deepcopy(net)
+            keep = np.ones(cmap.units, dtype=bool)
+            keep[own] = False
+            mask(masked, cmap, keep)
+            change = functional.cross_entropy(masked(x), y, reduction="none") - before
+            torch.testing.assert_close(column, change.detach(), rtol=1e-9, atol=1e-12)
+        assert float(found.abs().max()) > 1e-6
 
 
 def test_single_examples_are_batches_of_one() -> None:
@@ -139,7 +143,7 @@ def test_second_order_against_finite_differences() -> None:
         assert gradient[unit].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-8)
         assert diagonal[unit].item() == pytest.approx(bend.item(), rel=1e-3, abs=1e-5)
     second = criteria.taylor_second(gradient, diagonal)
-    truth = criteria.leave_one_out(gated, x, y).mean(0).square()
+    truth = criteria.leave_out(gated, x, y).mean(0).square()
     first = gradient.square()
     assert float((second - truth).abs().sum()) < float((first - truth).abs().sum())
     torch.testing.assert_close(criteria.brain_damage(diagonal), diagonal / 2)
@@ -169,7 +173,7 @@ def test_logits_that_are_linear_in_the_gates_are_followed_exactly() -> None:
     assert log_p.shape == (N, 4)
     assert shifts.shape == (N, 3, 8)
     changes = criteria.loss_changes(log_p, shifts)
-    truth = criteria.leave_one_out(gated, x, y, together=3)
+    truth = criteria.leave_out(gated, x, y, together=3)
     torch.testing.assert_close(changes, truth, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(criteria.squared_mean(changes), truth.mean(0).square())
 
@@ -177,7 +181,7 @@ def test_logits_that_are_linear_in_the_gates_are_followed_exactly() -> None:
 def test_the_expanded_logits_come_closer_than_the_expanded_loss() -> None:
     net, cmap, x, y = prepared("smooth")
     gated = Gated(net, cmap)
-    truth = criteria.squared_mean(criteria.leave_one_out(gated, x, y))
+    truth = criteria.squared_mean(criteria.leave_out(gated, x, y))
     estimate = criteria.squared_mean(criteria.loss_changes(*criteria.logit_shifts(gated, x, y)))
     first = criteria.taylor(gated, (x, y), loss)
     assert float((estimate - truth).abs().sum()) < float((first - truth).abs().sum())

@@ -33,7 +33,7 @@ def test_truths_are_what_leaving_units_out_does() -> None:
     net, cmap, batches = prepared()
     seen: list[int] = []
     found = study(net, cmap, batches, progress=seen.append)
-    changes = [criteria.leave_one_out(Gated(net, cmap), x, y).double().numpy() for x, y in batches]
+    changes = [criteria.leave_out(Gated(net, cmap), x, y).double().numpy() for x, y in batches]
     assert seen == [1, 2, 3]
     assert found.images == 24
     assert tuple(found.truths) == TRUTHS
