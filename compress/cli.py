@@ -17,6 +17,7 @@ from compress.command import Answer, Common, Program
 from compress.console import Screen, document
 from compress.errors import escape
 from compress.failures import Stopper
+from compress.recipes import RECIPES
 from compress.stages import STAGES
 
 if TYPE_CHECKING:
@@ -91,19 +92,20 @@ def _reproduce(config: str, overrides: Sequence[str]) -> str:
 @click.argument("path", default=DEFAULT_CONFIG, type=click.Path())
 @click.option("--template", type=click.Choice(["mnist", "cifar10", "imagefolder"]), default="mnist",
               show_default=True, help="What to start from.")  # fmt: skip
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Prune and fine-tune with these values.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
-def init(screen: Screen, path: str, template: str, force: bool) -> Answer:
+def init(screen: Screen, path: str, template: str, recipe: str | None, force: bool) -> Answer:
     """Write a commented config file to start from."""
     from compress.files import write_text
     from compress.starters import STARTERS, starter_text
 
     if os.path.lexists(path) and not force:
         raise click.UsageError(f"{path} is there already; give another name, or --force to overwrite it")
-    write_text(path, starter_text(template))
+    write_text(path, starter_text(template, recipe))
     starter = STARTERS[template]
     config = "" if path == DEFAULT_CONFIG else f" {shlex.quote(path)}"
     said = f"wrote {path}: {starter.about}\nnext: {starter.next}{config}\n"
-    return Answer({"path": path, "template": template}, text=said)
+    return Answer({"path": path, "template": template, "recipe": recipe}, text=said)
 
 
 @cli.answering("doctor")

@@ -49,7 +49,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune", "data", "seed", "device"),
     "export": ("export", "seed"),
     "bench": ("bench", "seed"),
-    "report": ("gates",),
+    "report": ("gates", "recipe"),
     "gate": ("gates",),
 }
 """Parts of the config that each stage reads; what else it depends on are the files of the stages before."""

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from compress.recipes import RECIPES, with_recipe
+
 LARGEST = 2**31 - 1
 RATIOS = ("macs_ratio", "params_ratio", "units_ratio")
 
@@ -268,6 +270,9 @@ class Config(Section):
     version: Annotated[Literal[1], BeforeValidator(_exactly_one)] = Field(
         description="1, the version of this file's format"
     )
+    recipe: Literal["molchanov2019", "modern"] | None = Field(
+        default=None, description="molchanov2019 or modern: values for prune and finetune where you give none"
+    )
     model: Annotated[ModelConfig, FilledIn] = Field(description="the trained model to compress")
     data: Annotated[DataConfig, FilledIn] = Field(description="the data it is pruned and judged on")
     train: TrainConfig | None = Field(
@@ -293,6 +298,12 @@ class Config(Section):
         default="auto", description="auto, cpu or cuda", json_schema_extra={"pattern": f"^({DEVICE})$"}
     )
     out: Name = Field(default="run", description="the folder that a run works in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_recipe(cls, data: Any) -> Any:
+        name = data.get("recipe") if isinstance(data, dict) else None
+        return with_recipe(data, RECIPES[name]) if isinstance(name, str) and name in RECIPES else data
 
     @model_validator(mode="after")
     def _channels_fit(self) -> Config:

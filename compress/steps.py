@@ -224,7 +224,7 @@ def _check_parts(work: Work, built: Built) -> None:
     finetune, why = work.config.finetune, built.why
     if finetune is not None and finetune.distill is not None:
         what = f"only a model that is traced whole can learn from the original, and here {why}"
-        raise ConfigError(what, "finetune.distill", "leave it out")
+        raise ConfigError(what, "finetune.distill", "set it to null")
     named = ", ".join(part_paths(work.config.model)) or "its tensors"
     work.events.note(f"pruned, exported and timed is {named} alone, inside the whole model: {why}")
 
