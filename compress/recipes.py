@@ -39,6 +39,7 @@ RECIPES: dict[str, Values] = {
             "label_smoothing": 0.0,
             "distill": None,
             "ema": 0.0,
+            "recalibrate": 0,
             "amp": "off",
         },
     },
@@ -54,6 +55,7 @@ RECIPES: dict[str, Values] = {
             "schedule": "cosine",
             "distill": {"alpha": 0.5, "temperature": 4.0},
             "ema": 0.999,
+            "recalibrate": 100,
         },
     },
 }

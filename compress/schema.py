@@ -141,6 +141,9 @@ class TrainConfig(Section):
     ema: BelowOne = Field(
         default=0.0, description="evaluate and keep running averages of the weights, of this decay; 0 is off"
     )
+    recalibrate: int = Field(
+        default=0, ge=0, le=LARGEST, description="minibatches to estimate batch norms anew from; 0 is off"
+    )
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
         default="auto", description="mixed precision: auto, off, bf16, fp16"
     )

@@ -48,6 +48,7 @@ TRAIN = {
     "label_smoothing": 0.0,
     "distill": None,
     "ema": 0.0,
+    "recalibrate": 0,
     "amp": "auto",
 }
 DEFAULTS: dict[str, Any] = {
