@@ -8,16 +8,20 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from compress.channelmap import ChannelMap
 from compress.cost import class_counts, cost_model, layers
-from compress.errors import ConfigError
+from compress.errors import ConfigError, ModelError
 from compress.importance import Taylor, magnitude, random, scored
 from compress.inspection import choices, kept_names, labelled, pinned_rows
 from compress.select import remove
-from compress.steps import Events, Work
+from compress.sensitivity import SHARES
+from compress.sensitivity import sensitivity as classes_sensitivity
+from compress.steps import Events, Work, finite
 from compress.study import study as criteria_study
 from compress.surgery import cut
-from compress.task import Task, check
+from compress.task import Evaluation, Task, check, device_of, move
 from compress.trace import Traced
 
 
@@ -37,12 +41,7 @@ def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
     traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
-    if config.prune.criterion == "taylor":
-        scores = _taylor(traced.net, cmap, task, config.prune.minibatches_per_step, work.events)
-    elif config.prune.criterion == "magnitude":
-        scores = magnitude(traced.net, cmap)
-    else:
-        scores = random(cmap, config.seed)
+    scores = _scores(work, traced, cmap)
     chosen = remove(scores, np.ones(cmap.units, dtype=bool), where)
     _, cut_plan = cut(traced.net, cmap, chosen.keep)
     model, counts = cost_model(cmap), class_counts(cmap, chosen.keep)
@@ -103,13 +102,69 @@ def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int
     }
 
 
+def sensitivity(work: Work, traced: Traced | None, images: int) -> dict[str, Any]:
+    """Every class of units at several widths, each with the others whole, on validation examples.
+
+    traced: the model if it is there already. images: at most so many, where the task can leave some out.
+    """
+    with work.around() if traced else work.inside(work.built.whole):
+        return _sensitivity(work, traced or work.built.traced, images)
+
+
+def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
+    config, task = work.config, work.task
+    traced.net.to(work.device)
+    check(traced.net, task, config.model.input_shape)
+    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
+    traced, cmap = labelled(traced, kept, config.prune)
+    if cmap.units == 0:
+        fix = "compress inspect lists what stays, and why"
+        raise ModelError("the model has no prunable unit", config.model.name, fix)
+
+    def everything(net: nn.Module) -> Evaluation:
+        return task.evaluate(net, "validation")
+
+    full, found = classes_sensitivity(
+        traced.net,
+        cmap,
+        _scores(work, traced, cmap),
+        task.few(images) if task.few is not None else everything,
+        progress=lambda done, total: work.events.progress("sensitivity", done, total, "leaving units out"),
+    )
+    model = cost_model(cmap)
+    return {
+        "model": config.model.name,
+        "criterion": config.prune.criterion,
+        "images": full.n,
+        "metric": full.metric,
+        "loss": full.loss,
+        "value": full.value,
+        "macs": round(model.macs.total(model.full)),
+        "shares": list(SHARES),
+        "classes": [
+            finite(asdict(one)) | {"points": [finite(asdict(point)) for point in one.points]} for one in found
+        ],
+    }
+
+
+def _scores(work: Work, traced: Traced, cmap: ChannelMap) -> np.ndarray:
+    """Of the configured criterion, (units,): of the model as it stands, no step is taken."""
+    config = work.config
+    if config.prune.criterion == "magnitude":
+        return magnitude(traced.net, cmap)
+    if config.prune.criterion == "random":
+        return random(cmap, config.seed)
+    return _taylor(traced.net, cmap, work.task, config.prune.minibatches_per_step, work.events)
+
+
 def _taylor(net: Any, cmap: Any, task: Task, minibatches: int, events: Events) -> np.ndarray:
     """Importance of the model as it stands: eval mode, no step is taken."""
     importance = Taylor(cmap)
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)
         with scored(net, cmap, [p for p in net.parameters() if p.requires_grad]):
-            task.loss(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            task.loss(net, move(batch, device_of(net))).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             importance.accumulate(net)
-        events.progress("plan", number, minibatches, "scoring")
+        events.progress("scores", number, minibatches, "scoring")
+    net.zero_grad(set_to_none=True)
     return importance.scores()
