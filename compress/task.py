@@ -219,7 +219,7 @@ class _Classifying:
 def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
     train, validation = _train_and_validation(splits, config)
     test = _Part(splits.test, _some(len(splits.test), config.test_limit).sort().values)
-    augment = config.augment == "flip_crop"
+    augment = config.augment != "none"
     held_out = {"validation": validation, "test": test}
     parts = _Classifying(train, held_out, config.batch_size, augment, seed)
     return Task(
