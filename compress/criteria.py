@@ -118,24 +118,44 @@ def brain_damage(diagonal: Tensor) -> Tensor:
 # -- the logits expanded instead of the loss ----------------------------------------------------------
 
 
-def logit_jacobian(gated: Gated, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits (n, classes), their derivatives by each example's own gates (n, classes, units))."""
-    logits = gated(inputs)
-    gates = gated.used
-    assert gates is not None
-    columns = [torch.autograd.grad(column.sum(), gates, retain_graph=True)[0] for column in logits.T]
-    return logits.detach(), torch.stack(columns, 1)
+def logit_shifts(
+    gated: Gated, inputs: Tensor, labels: Tensor, classes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log p, d): how the wrong classes gain on the right one as a unit leaves, logits linear in its gate.
 
-
-def logit_changes(logits: Tensor, jacobian: Tensor, labels: Tensor) -> Tensor:
-    """How the loss of each example changes when a unit leaves, logits linear in its gate, loss exact.
-
-    cross_entropy(logits - J_u, y) - cross_entropy(logits, y), (n, units).
+    log p: (n, 1 + k), the right class first. d: (n, k, units), by how much a wrong one's logit minus the
+    right one's rises, J_y - J_c with J_c = dlogit_c / dz_u. classes: only the likeliest wrong ones of each
+    example by themselves, and all the others as one, whose shift is the mean of theirs weighted by p. One
+    backward pass through the activations for each of k: every wrong class if None, else `classes` and one.
     """
-    n, classes, units = jacobian.shape
-    moved = (logits[:, :, None] - jacobian).transpose(1, 2).reshape(n * units, classes)
-    after = functional.cross_entropy(moved, labels.repeat_interleave(units), reduction="none")
-    return after.reshape(n, units) - functional.cross_entropy(logits, labels, reduction="none")[:, None]
+    logits = logits_of(gated(inputs))
+    gates, many = gated.used, logits.shape[1]
+    assert gates is not None
+    log_p = logits.detach().log_softmax(1)
+    right = functional.one_hot(labels, many).to(log_p)
+    wrong = log_p.masked_fill(right.bool(), -torch.inf)
+    count = many - 1 if classes is None else min(classes, many - 1)
+    own, order = wrong.topk(count, dim=1)
+    columns = [functional.one_hot(index, many).to(log_p) for index in order.T]
+    if count < many - 1:
+        rest = wrong.scatter(1, order, -torch.inf)
+        own = torch.cat([own, rest.logsumexp(1, keepdim=True)], 1)
+        columns.append(rest.softmax(1))
+    found = [
+        torch.autograd.grad(logits, gates, right - column, retain_graph=number + 1 < len(columns))[0]
+        for number, column in enumerate(columns)
+    ]
+    return torch.cat([log_p.gather(1, labels[:, None]), own], 1), torch.stack(found, 1)
+
+
+def loss_changes(log_p: Tensor, shifts: Tensor) -> Tensor:
+    """How the cross-entropy of each example changes when its logits shift, exactly: (n, units).
+
+    cross_entropy(l - J_u, y) - cross_entropy(l, y) = log(p_y + sum_c p_c exp(d_cu)), c the wrong classes.
+    """
+    share = torch.einsum("nk,nku->nu", log_p[:, 1:].exp(), shifts.expm1())  # that, minus 1
+    after = torch.logaddexp((log_p[:, 1:, None] + shifts).logsumexp(1), log_p[:, :1])
+    return torch.where(share.abs() < 0.5, share.log1p(), after)  # the former is precise near 0
 
 
 def squared_mean(changes: Tensor) -> Tensor:

@@ -165,10 +165,38 @@ def _multiplied(x: Tensor, gates: Tensor, units: Tensor) -> Tensor:
     """x times the gates of its channels. units: for every channel its unit, -1 where there is none."""
     if x.shape[0] % gates.shape[0]:
         raise ModelError(f"the batch of {gates.shape[0]} is not the first dimension of {list(x.shape)}")
+    product: Tensor = _Product.apply(x, gates, units)
+    return product
+
+
+class _Product(torch.autograd.Function):
+    """The product of activations and gates; its backward pass saves what is known where all gates are one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, units: Tensor) -> Tensor:
+        ctx.ones = bool((gates == 1).all())
+        ctx.save_for_backward(x, gates, units)
+        return x * _spread(gates, units, len(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gates, units = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # a second derivative is to come, by the gates too
+        to_x = grad if ctx.ones and not again else grad * _spread(gates, units, len(x))
+        still = [d for d in range(1, x.dim()) if units.shape[d - 1] == 1]
+        sums = (x * grad).sum(still, keepdim=True) if still else x * grad
+        sums = sums.reshape(len(gates), -1, units.numel()).sum(1)
+        to_gates = sums.new_zeros(len(gates), gates.shape[1] + 1)
+        to_gates = to_gates.index_add(1, units.flatten() % to_gates.shape[1], sums)  # -1 goes to the last
+        return to_x, to_gates[:, :-1], None
+
+
+def _spread(gates: Tensor, units: Tensor, rows: int) -> Tensor:
+    """The gate of every channel, for `rows` of a batch, (rows, *units.shape)."""
     every = torch.cat([gates, gates.new_ones(len(gates), 1)], dim=1)[:, units]
-    if x.shape[0] != gates.shape[0]:  # windows or frames of one example lie behind each other
-        every = every.repeat_interleave(x.shape[0] // gates.shape[0], dim=0)
-    return x * every
+    if rows != len(gates):  # windows or frames of one example lie behind each other
+        every = every.repeat_interleave(rows // len(gates), dim=0)
+    return every
 
 
 def _readers(graph: fx.Graph, cmap: ChannelMap) -> Iterator[tuple[fx.Node, list[fx.Node]]]:

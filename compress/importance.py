@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -106,23 +106,20 @@ def add_by_unit(gates: Tensor, values: Tensor, units: np.ndarray) -> None:
 
 
 @dataclass
-class Taylor:
-    """First-order Taylor importance, accumulated the paper's way.
+class Average:
+    """The mean over the minibatches of a pruning step, then an exponential moving average over steps.
 
-    Squared per minibatch (of the minibatch-mean gradient), averaged over the minibatches of a pruning
-    step, then an exponential moving average over pruning steps: a = ema * a + (1 - ema) * s, first a = s.
+    a = ema * a + (1 - ema) * s, first a = s (Molchanov et al., CVPR 2019, section 4.1).
     """
 
-    cmap: ChannelMap
     ema: float = 0.9
-    total: Tensor | None = None
-    minibatches: int = 0
-    average: Tensor | None = field(default=None)
+    total: Tensor | None = field(default=None, init=False)
+    minibatches: int = field(default=0, init=False)
+    average: Tensor | None = field(default=None, init=False)
 
-    def accumulate(self, net: nn.Module) -> None:
-        """Take the gradients of one minibatch; call between `backward()` and `zero_grad()`."""
-        squared = read_gates(net, self.cmap).square()
-        self.total = squared if self.total is None else self.total + squared
+    def add(self, values: Tensor) -> None:
+        """What one minibatch says, (units,)."""
+        self.total = values if self.total is None else self.total + values
         self.minibatches += 1
 
     def scores(self) -> np.ndarray:
@@ -133,6 +130,19 @@ class Taylor:
         self.average = step if self.average is None else self.ema * self.average + (1 - self.ema) * step
         self.total, self.minibatches = None, 0
         return self.average.cpu().numpy().astype(np.float64)
+
+
+class Taylor(Average):
+    """First-order Taylor importance, accumulated the paper's way: squared per minibatch, of the
+    gradient of the minibatch's mean loss."""
+
+    def __init__(self, cmap: ChannelMap, ema: float = 0.9) -> None:
+        super().__init__(ema)
+        self.cmap = cmap
+
+    def accumulate(self, net: nn.Module, batch: Any = None) -> None:
+        """Take the gradients of one minibatch; call between `backward()` and `zero_grad()`."""
+        self.add(read_gates(net, self.cmap).square())
 
 
 def magnitude(net: nn.Module, cmap: ChannelMap, norm: Literal[1, 2] = 2) -> np.ndarray:

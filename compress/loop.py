@@ -26,7 +26,8 @@ from compress import seeds
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import Interrupted
-from compress.importance import Taylor, magnitude, random, scored
+from compress.importance import scored
+from compress.scorers import scorer
 from compress.select import Space, remove
 from compress.surgery import mask
 from compress.task import Batch, Task, move
@@ -149,7 +150,7 @@ class _Run:
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        self.taylor = Taylor(cmap, config.ema)
+        self.scorer = scorer(config.criterion, net, cmap, task, ema=config.ema, seed=seed)
         self.count = config.units_per_step or math.ceil(STEP_SHARE * cmap.units)
         self.columns = {name: get_tensor(net, name).detach().clone() for name, _ in cmap.reads}
         self.state = _State()
@@ -188,7 +189,7 @@ class _Run:
     def _remove(self) -> None:
         if self._tolerances():
             self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy())
-        chosen = remove(self._scores(), self.keep, self.where, self.count)
+        chosen = remove(self.scorer.scores(), self.keep, self.where, self.count)
         if not chosen.removed:
             self.state.stop_reason = "every layer is at its least width"
             return
@@ -233,8 +234,8 @@ class _Run:
             tensors |= disk.prefixed(f"optimizer/{name}/", self.optimizer.state.get(parameter, {}))
         tensors |= disk.prefixed("rng/", seeds.rng_state(self.device))
         tensors["keep"] = torch.from_numpy(self.keep)
-        if self.taylor.average is not None:
-            tensors["average"] = self.taylor.average
+        if self.scorer.average is not None:
+            tensors["average"] = self.scorer.average
         if self.good is not None:
             tensors |= disk.prefixed("good/", self.good[0]) | {"good_keep": torch.from_numpy(self.good[1])}
         disk.save(
@@ -252,7 +253,7 @@ class _Run:
         seeds.set_rng_state(disk.under(found.tensors, "rng/"), self.device)
         self.keep = found.tensors["keep"].numpy().copy()
         average = found.tensors.get("average")
-        self.taylor.average = average.to(self.device) if average is not None else None
+        self.scorer.average = average.to(self.device) if average is not None else None
         if "good_keep" in found.tensors:
             self.good = (disk.under(found.tensors, "good/"), found.tensors["good_keep"].numpy().copy())
         state = dict(found.state["state"])
@@ -280,7 +281,8 @@ class _Run:
 
     def _backward(self) -> float:
         """Gradients of one minibatch, added to the scores; the loss. Raises where it is not finite."""
-        loss = self.task.loss(self.net, move(self._next_batch(), self.device))
+        batch = move(self._next_batch(), self.device)
+        loss = self.task.loss(self.net, batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             kept = f"; the last good state is in {self.folder}" if self.folder else ""
@@ -291,8 +293,7 @@ class _Run:
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.config.criterion == "taylor":
-            self.taylor.accumulate(self.net)
+        self.scorer.accumulate(self.net, batch)
         return value
 
     def _next_batch(self) -> Batch:
@@ -306,13 +307,6 @@ class _Run:
                 batch = next(self.batches)
         self.state.position += 1
         return batch
-
-    def _scores(self) -> np.ndarray:
-        if self.config.criterion == "magnitude":
-            return magnitude(self.net, self.cmap)
-        if self.config.criterion == "random":
-            return random(self.cmap, self.seed)
-        return self.taylor.scores()
 
     def _remember_columns(self, gone: np.ndarray) -> None:
         """Keep the reading slices of units that leave now, to show later what the mask did."""

@@ -11,10 +11,12 @@ import numpy as np
 from torch import nn
 
 from compress.channelmap import ChannelMap
+from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
-from compress.importance import Taylor, magnitude, random, scored
+from compress.importance import scored
 from compress.inspection import choices, kept_names, labelled, pinned_rows
+from compress.scorers import OF_WEIGHTS, scorer
 from compress.select import remove
 from compress.sensitivity import SHARES
 from compress.sensitivity import sensitivity as classes_sensitivity
@@ -22,7 +24,7 @@ from compress.steps import Events, Work, finite
 from compress.study import study as criteria_study
 from compress.surgery import cut
 from compress.task import Evaluation, Task, check, device_of, move
-from compress.trace import Traced
+from compress.trace import GraphNet, Traced
 
 
 def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
     traced, cmap = labelled(traced, kept, config.prune)
     where = choices(config.prune, cmap, work.align)
-    scores = _scores(work, traced, cmap)
+    scores = _scores(traced.net, cmap, task, config, work.events)
     chosen = remove(scores, np.ones(cmap.units, dtype=bool), where)
     _, cut_plan = cut(traced.net, cmap, chosen.keep)
     model, counts = cost_model(cmap), class_counts(cmap, chosen.keep)
@@ -127,7 +129,7 @@ def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
     full, found = classes_sensitivity(
         traced.net,
         cmap,
-        _scores(work, traced, cmap),
+        _scores(traced.net, cmap, task, config, work.events),
         task.few(images) if task.few is not None else everything,
         progress=lambda done, total: work.events.progress("sensitivity", done, total, "leaving units out"),
     )
@@ -147,24 +149,16 @@ def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
     }
 
 
-def _scores(work: Work, traced: Traced, cmap: ChannelMap) -> np.ndarray:
-    """Of the configured criterion, (units,): of the model as it stands, no step is taken."""
-    config = work.config
-    if config.prune.criterion == "magnitude":
-        return magnitude(traced.net, cmap)
-    if config.prune.criterion == "random":
-        return random(cmap, config.seed)
-    return _taylor(traced.net, cmap, work.task, config.prune.minibatches_per_step, work.events)
-
-
-def _taylor(net: Any, cmap: Any, task: Task, minibatches: int, events: Events) -> np.ndarray:
+def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events: Events) -> np.ndarray:
     """Importance of the model as it stands: eval mode, no step is taken."""
-    importance = Taylor(cmap)
+    found = scorer(config.prune.criterion, net, cmap, task, ema=0.0, seed=config.seed)
+    minibatches = 0 if config.prune.criterion in OF_WEIGHTS else config.prune.minibatches_per_step
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)
         with scored(net, cmap, [p for p in net.parameters() if p.requires_grad]):
-            task.loss(net, move(batch, device_of(net))).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            importance.accumulate(net)
+            given = move(batch, device_of(net))
+            task.loss(net, given).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            found.accumulate(net, given)
         events.progress("scores", number, minibatches, "scoring")
     net.zero_grad(set_to_none=True)
-    return importance.scores()
+    return found.scores()

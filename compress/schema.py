@@ -166,8 +166,8 @@ class PruneConfig(Section):
     )
     params_ratio: Ratio | None = Field(default=None, description="or: share of parameters kept")
     units_ratio: Ratio | None = Field(default=None, description="or: share of channel groups kept")
-    criterion: Literal["taylor", "magnitude", "random"] = Field(
-        default="taylor", description="taylor, magnitude or random"
+    criterion: Literal["taylor", "logits", "magnitude", "random"] = Field(
+        default="taylor", description="taylor (any loss), logits (classifiers), magnitude or random"
     )
     minibatches_per_step: Count = Field(
         default=10, description="batches that scores are summed over between removals"

@@ -108,7 +108,7 @@ def study(
         add("taylor weights", criteria.taylor_weights(net, cmap))
         add("norm scale taylor", criteria.norm_scale(net, cmap, gradient=True))
         net.zero_grad(set_to_none=True)
-        linear.append(criteria.logit_changes(*criteria.logit_jacobian(gated, images), labels).double())
+        linear.append(criteria.loss_changes(*criteria.logit_shifts(gated, images, labels)).double())
         changes.append(criteria.leave_one_out(gated, images, labels, units=chosen).double())
         progress(number)
     if not changes:

@@ -265,8 +265,8 @@ def test_an_override_may_mend_the_file() -> None:
         ("gates: {parity: 1}", "compress.yaml:4:17 gates.parity: expected true or false, found 1"),
         (
             "prune: {criterion: tailor}",
-            'compress.yaml:4:20 prune.criterion: expected "taylor", "magnitude" or "random", found "tailor"; '
-            "did you mean taylor?",
+            'compress.yaml:4:20 prune.criterion: expected "taylor", "logits", "magnitude" or "random", '
+            'found "tailor"; did you mean taylor?',
         ),
         ("prune: {align: x}", 'compress.yaml:4:16 prune.align: expected a whole number or "auto", found "x"'),
         ("prune: {align: 0}", "compress.yaml:4:16 prune.align: must be at least 1, found 0"),

@@ -165,9 +165,10 @@ def test_logits_that_are_linear_in_the_gates_are_followed_exactly() -> None:
     x, y = torch.randn(N, 6, dtype=torch.float64), torch.arange(N) % 4
     traced = trace(model, (x,))
     gated = Gated(traced.net, channel_map(traced))
-    logits, jacobian = criteria.logit_jacobian(gated, x)
-    assert jacobian.shape == (N, 4, 8)
-    changes = criteria.logit_changes(logits, jacobian, y)
+    log_p, shifts = criteria.logit_shifts(gated, x, y)
+    assert log_p.shape == (N, 4)
+    assert shifts.shape == (N, 3, 8)
+    changes = criteria.loss_changes(log_p, shifts)
     truth = criteria.leave_one_out(gated, x, y, together=3)
     torch.testing.assert_close(changes, truth, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(criteria.squared_mean(changes), truth.mean(0).square())
@@ -177,7 +178,7 @@ def test_the_expanded_logits_come_closer_than_the_expanded_loss() -> None:
     net, cmap, x, y = prepared("smooth")
     gated = Gated(net, cmap)
     truth = criteria.squared_mean(criteria.leave_one_out(gated, x, y))
-    estimate = criteria.squared_mean(criteria.logit_changes(*criteria.logit_jacobian(gated, x), y))
+    estimate = criteria.squared_mean(criteria.loss_changes(*criteria.logit_shifts(gated, x, y)))
     first = criteria.taylor(gated, (x, y), loss)
     assert float((estimate - truth).abs().sum()) < float((first - truth).abs().sum())
 

@@ -1,0 +1,79 @@
+"""What a pruning loop scores with: one object per criterion, asked after every minibatch's backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from compress.channelmap import ChannelMap
+from compress.criteria import logit_shifts, loss_changes, squared_mean
+from compress.errors import ConfigError
+from compress.gated import Gated
+from compress.importance import Average, Taylor, magnitude, random
+from compress.task import Batch, CrossEntropy, Task
+from compress.trace import GraphNet, eval_mode
+
+CLASSES = 1
+"""Wrong classes that `Logits` follows one by one; all others move as one (docs/criteria.md: the evidence)."""
+OF_WEIGHTS = ("magnitude", "random")
+"""Criteria that need no minibatches."""
+
+
+class Scorer(Protocol):
+    """accumulate: one minibatch, between `backward()` and the optimizer's step. scores: (units,), and a new
+    step begins. average: what the next step goes on from, None where it starts anew."""
+
+    average: Tensor | None
+
+    def accumulate(self, net: GraphNet, batch: Batch) -> None: ...
+    def scores(self) -> np.ndarray: ...
+
+
+class Logits(Average):
+    """The change of the loss as a unit leaves, logits linear in its gate and the loss exact, averaged over
+    a minibatch and squared; `criteria.logit_shifts` has the equation. Batch norms are in eval mode."""
+
+    def __init__(
+        self, net: GraphNet, cmap: ChannelMap, ema: float = 0.9, classes: int | None = CLASSES
+    ) -> None:
+        super().__init__(ema)
+        self.gated, self.classes = Gated(net, cmap).to(next(net.parameters()).device), classes
+
+    def accumulate(self, net: GraphNet, batch: Batch) -> None:
+        """Score (images, labels) with the weights that net has now; no gradient of theirs is touched."""
+        images, labels = batch
+        with eval_mode(self.gated):
+            self.add(squared_mean(loss_changes(*logit_shifts(self.gated, images, labels, self.classes))))
+
+
+class _OfWeights:
+    """A criterion that looks at no data."""
+
+    average: Tensor | None = None
+
+    def __init__(self, measure: Callable[[], np.ndarray]) -> None:
+        self.scores = measure
+
+    def accumulate(self, net: GraphNet, batch: Batch) -> None:
+        pass
+
+
+def scorer(name: str, net: GraphNet, cmap: ChannelMap, task: Task, *, ema: float, seed: int) -> Scorer:
+    """The scorer of a criterion in the config.
+
+    Raises ConfigError (exit 3) where it does not go with the task, ModelError (exit 4) where the model has
+    no place for a gate.
+    """
+    if name == "magnitude":
+        return _OfWeights(lambda: magnitude(net, cmap))
+    if name == "random":
+        return _OfWeights(lambda: random(cmap, seed))
+    if name == "taylor":
+        return Taylor(cmap, ema)
+    if not isinstance(task.loss, CrossEntropy):
+        what = f"logits needs the cross-entropy of class labels, and {task.name} has a loss of its own"
+        raise ConfigError(what, "prune.criterion", "use taylor, which takes any loss")
+    return Logits(net, cmap, ema)
