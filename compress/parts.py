@@ -16,12 +16,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from compress.errors import ModelError
 from compress.part_trace import Arguments, Parts, arguments, buffers_kept, hooks, run, same, trace_parts
 from compress.ports import Port, split
 from compress.proof import Verification, verify
-from compress.task import Evaluation, Task
+from compress.task import CrossEntropy, Evaluation, Task
 from compress.trace import GraphNet, frozen_modules, get_tensor, put_tensor
 
 
@@ -70,12 +71,15 @@ class Whole:
             evaluate = task.few(n)
             return lambda net: evaluate(self.fitted(net))
 
-        return replace(
+        fitted = replace(
             task,
             loss=loss,
             evaluate=lambda net, split: task.evaluate(self.fitted(net), split),
             few=few if task.few is not None else None,
         )
+        if isinstance(task.loss, CrossEntropy) and not self.is_part and _maps_one_to_one(self.traced):
+            return replace(fitted, loss=task.loss)  # nothing to fit, and criteria may look at its logits
+        return fitted
 
     def fitted(self, net: nn.Module) -> nn.Module:
         """The model with a net of all parts in it, in its mode; what is frozen stays in eval mode.
@@ -213,3 +217,9 @@ def _has(net: nn.Module, name: str) -> bool:
 
 
 __all__ = ["Arguments", "Parts", "Whole", "arguments", "trace_parts"]
+
+
+def _maps_one_to_one(net: GraphNet) -> bool:
+    """Whether a traced net takes one tensor and gives one."""
+    given = [node for node in net.graph.nodes if node.op == "placeholder"]
+    return len(given) == 1 and len(tree_leaves(net.graph.output_node().args)) == 1

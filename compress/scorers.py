@@ -74,6 +74,8 @@ def scorer(name: str, net: GraphNet, cmap: ChannelMap, task: Task, *, ema: float
     if name == "taylor":
         return Taylor(cmap, ema)
     if not isinstance(task.loss, CrossEntropy):
-        what = f"logits needs the cross-entropy of class labels, and {task.name} has a loss of its own"
+        what = (
+            f"logits needs a classifier traced whole and its cross-entropy, and {task.name} has another loss"
+        )
         raise ConfigError(what, "prune.criterion", "use taylor, which takes any loss")
     return Logits(net, cmap, ema)

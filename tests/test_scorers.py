@@ -125,7 +125,9 @@ def test_what_left_scores_nothing() -> None:
 
 def test_a_loss_of_its_own_is_refused() -> None:
     x = torch.randn(8, 4)
-    with pytest.raises(ConfigError, match=r"prune\.criterion: logits needs the cross-entropy.*use taylor"):
+    with pytest.raises(
+        ConfigError, match=r"prune\.criterion: logits needs a classifier.*another loss; use taylor"
+    ):
         compress.prune(
             nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
             x,

@@ -1,0 +1,79 @@
+"""Torch-Pruning's trajectory for `accuracy.py`, run in an environment that has it.
+
+PEER_PYTHON benchmarks/accuracy_peer.py WEIGHTS SPLITS.npz CRITERION SEED EPOCHS DEPTH
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks import accuracy_job as job
+
+
+def trajectory(
+    net: nn.Module, data: job.Data, criterion: str, seed: int
+) -> Iterator[tuple[float, nn.Module]]:
+    """Its global pruner, one share of the channels at a time, between the minibatches that ours trains on.
+
+    Taylor gets the sum of the gradients of the minibatches since the last removal.
+    """
+    import torch_pruning
+
+    importance: Any = {
+        "taylor": torch_pruning.importance.GroupTaylorImportance,
+        "magnitude": torch_pruning.importance.GroupMagnitudeImportance,
+    }[criterion]()
+    pruner = torch_pruning.pruner.BasePruner(
+        net,
+        torch.zeros(2, 3, 32, 32),
+        importance=importance,
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=round(1 / job.STEP_SHARE),
+        max_pruning_ratio=1 - job.MIN_KEEP,
+        ignored_layers=[net.linear],
+    )
+    batches, full, points = job.endless(data), job.macs(net), list(job.POINTS)
+    while points:
+        optimizer = torch.optim.SGD(net.parameters(), **job.PRUNE)
+        net.train()
+        sums: dict[str, torch.Tensor] = {}
+        for _ in range(job.MINIBATCHES):
+            x, y = next(batches)
+            optimizer.zero_grad()
+            functional.cross_entropy(net(x), y).backward()
+            for name, p in net.named_parameters():
+                sums[name] = sums.get(name, 0) + p.grad
+            optimizer.step()
+        if job.macs(net) / full <= points[0]:
+            yield points.pop(0), net
+            continue
+        for name, p in net.named_parameters():
+            p.grad = sums[name]
+        pruner.step()
+
+
+def main() -> None:
+    weights, splits, criterion, seed, epochs, depth = sys.argv[1:]
+    loaded = np.load(splits)
+    data = {s: (loaded[f"{s}_images"], loaded[f"{s}_labels"]) for s in ("train", "test")}
+    found = job.rows(
+        trajectory, "torch-pruning 1.6.1", criterion, int(seed), weights=weights, splits=data,
+        epochs=int(epochs), depth=int(depth), say=lambda text: None,
+    )  # fmt: skip
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
