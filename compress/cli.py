@@ -17,6 +17,7 @@ from compress.command import Answer, Common, Program
 from compress.console import Screen, document
 from compress.errors import escape
 from compress.failures import Stopper
+from compress.recipes import RECIPES
 from compress.stages import STAGES
 
 if TYPE_CHECKING:
@@ -91,19 +92,20 @@ def _reproduce(config: str, overrides: Sequence[str]) -> str:
 @click.argument("path", default=DEFAULT_CONFIG, type=click.Path())
 @click.option("--template", type=click.Choice(["mnist", "cifar10", "imagefolder"]), default="mnist",
               show_default=True, help="What to start from.")  # fmt: skip
+@click.option("--recipe", type=click.Choice(list(RECIPES)), help="Prune and fine-tune with these values.")
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
-def init(screen: Screen, path: str, template: str, force: bool) -> Answer:
+def init(screen: Screen, path: str, template: str, recipe: str | None, force: bool) -> Answer:
     """Write a commented config file to start from."""
     from compress.files import write_text
     from compress.starters import STARTERS, starter_text
 
     if os.path.lexists(path) and not force:
         raise click.UsageError(f"{path} is there already; give another name, or --force to overwrite it")
-    write_text(path, starter_text(template))
+    write_text(path, starter_text(template, recipe))
     starter = STARTERS[template]
     config = "" if path == DEFAULT_CONFIG else f" {shlex.quote(path)}"
     said = f"wrote {path}: {starter.about}\nnext: {starter.next}{config}\n"
-    return Answer({"path": path, "template": template}, text=said)
+    return Answer({"path": path, "template": template, "recipe": recipe}, text=said)
 
 
 @cli.answering("doctor")
@@ -132,9 +134,17 @@ def _shape(_context: click.Context, _parameter: click.Parameter, value: str | No
               "batch; 3,224,224 if not given.")  # fmt: skip
 @click.option("--weights", help="A file with MODEL's weights, or a name such as DEFAULT.")
 @click.option("--classes", type=click.IntRange(1), help="MODEL's outputs (num_classes=N for its function).")
+@click.option("--sensitivity", is_flag=True, help="Show instead what the loss becomes when the least "
+              "important channels of one layer are left out (takes a CONFIG).")  # fmt: skip
+@click.option("--images", type=click.IntRange(1), help="With --sensitivity: use so many validation images at "
+              "most; 500 if not given.")  # fmt: skip
+@click.option("--plot", type=click.Path(), metavar="FILE", help="With --sensitivity: draw it (.png, .svg, "
+              ".pdf).")  # fmt: skip
+@_set_option
 def inspect(
-    screen: Screen, subject: str, input_shape: list[int] | None, weights: str | None, classes: int | None
-) -> Answer:
+    screen: Screen, subject: str, input_shape: list[int] | None, weights: str | None, classes: int | None,
+    sensitivity: bool, images: int | None, plot: str | None, overrides: tuple[str, ...],
+) -> Answer:  # fmt: skip
     """Show what can be removed from a model, what cannot and why.
 
     MODEL is torchvision:resnet18, timm:NAME, package.module:function or file.pt2.
@@ -144,14 +154,49 @@ def inspect(
     is_config = subject.endswith(CONFIG_ENDINGS)
     if is_config and (input_shape or weights or classes):
         raise click.UsageError("--input-shape, --weights and --classes go with a MODEL, not a config")
+    if overrides and not is_config:
+        raise click.UsageError("--set changes a config, and a MODEL has none")
+    if not sensitivity and (images or plot is not None):
+        raise click.UsageError("--images and --plot go with --sensitivity")
+    if sensitivity and not is_config:
+        raise click.UsageError(f"--sensitivity measures on data: give a config, not {subject}")
+    if sensitivity:
+        return _sensitivity(screen, subject, overrides, images or 500, plot)
     with screen.events("loading torch and the model"):
         from compress import pipeline
 
         if is_config:
-            found = pipeline.look(*_load(subject))
+            found = pipeline.look(*_load(subject, overrides))
         else:
             found = pipeline.inspect(_named_model(subject, input_shape, weights, classes), Path())
     return Answer(found, lambda screen: show_inspect(screen.out, found))
+
+
+def _sensitivity(
+    screen: Screen, config: str, overrides: Sequence[str], images: int, plot: str | None
+) -> Answer:
+    from compress.show import show_sensitivity
+
+    _check_picture(plot)
+    loaded, folder = _load(config, overrides)
+    with screen.events("loading torch, the model and the data") as events:
+        from compress import pipeline
+
+        found = pipeline.sensitivity(loaded, folder, images=images, events=events)
+    if plot is not None:
+        from deploy.charts import draw_sensitivity
+
+        draw_sensitivity(found, Path(plot))
+    return Answer(found, lambda screen: show_sensitivity(screen.out, found))
+
+
+def _check_picture(plot: str | None) -> None:
+    if plot is None:
+        return
+    if Path(plot).suffix not in PICTURES:
+        raise click.BadParameter(f"{plot} does not end in {', '.join(PICTURES)}", param_hint="--plot")
+    if not Path(plot).parent.is_dir():
+        raise click.BadParameter(f"there is no folder {Path(plot).parent}", param_hint="--plot")
 
 
 def _named_model(name: str, shape: list[int] | None, weights: str | None, classes: int | None) -> Any:
@@ -208,8 +253,7 @@ def study(
     """
     from compress.show import show_study
 
-    if plot is not None and Path(plot).suffix not in PICTURES:
-        raise click.BadParameter(f"{plot} does not end in {', '.join(PICTURES)}", param_hint="--plot")
+    _check_picture(plot)
     loaded, folder = _load(config, overrides)
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline

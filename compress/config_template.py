@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from compress.config_faults import section
+from compress.recipes import RECIPES, Values
 from compress.schema import Config
 from compress.strict_yaml import resolve
 
@@ -34,33 +35,37 @@ _LIVE = {
 }
 
 
-def render(given: Mapping[str, Mapping[str, Any]], schema: str | None) -> str:
+def render(given: Values, schema: str | None, recipe: str | None = None) -> str:
     """The file's text. ``given`` holds the values that differ from the defaults, by section.
 
-    ``schema`` is the path or address of the JSON Schema for editors, named in the first line.
+    ``schema`` is the path or address of the JSON Schema for editors, named in the first line. ``recipe``: its
+    values take the place of the defaults, and of what is given for the same keys.
     """
+    usual: Values = RECIPES[recipe] if recipe else {}
     lines = [f"# yaml-language-server: $schema={schema}"] if schema else []
     lines += [*_HEAD.splitlines(), ""]
     for name in Config.model_fields:
         inner = section(Config, (name,))
         if inner is None:
-            value = 1 if name == "version" else _default(Config, name)
+            value = {"version": 1, "recipe": recipe}.get(name, _default(Config, name))
             lines.append(_line("", name, value, _description(Config, name)))
         elif name == "train" and name not in given:
             lines += ["", _line("# ", name, None, _description(Config, name))]
         else:
-            lines += ["", *_section(name, inner, given.get(name, {}))]
-        if name in {"version", "gates"}:
+            lines += ["", *_section(name, inner, given.get(name, {}), usual.get(name, {}))]
+        if name in {"recipe", "gates"}:
             lines.append("")
     return "\n".join(line.rstrip() for line in lines).replace("\n\n\n", "\n\n") + "\n"
 
 
-def _section(name: str, model: type[BaseModel], given: Mapping[str, Any]) -> list[str]:
+def _section(
+    name: str, model: type[BaseModel], given: Mapping[str, Any], usual: Mapping[str, Any]
+) -> list[str]:
     title = _description(Config, name)
     lines = [f"# {title[:1].upper()}{title[1:]}.", f"{name}:"]
     for key in model.model_fields:
-        live = key in _LIVE[name] or key in given
-        value = given[key] if key in given else _default(model, key)
+        live = key in _LIVE[name] or (key in given and key not in usual)
+        value = usual[key] if key in usual else given.get(key, _default(model, key))
         lines.append(_line("  " if live else "  # ", key, value, _description(model, key)))
     return lines
 

@@ -9,7 +9,7 @@ import urllib.error
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from compress.sources import (
     check_shape,
     cover,
     known_labels,
+    whole_pictures,
 )
 
 if TYPE_CHECKING:
@@ -51,12 +52,28 @@ class Splits:
     classes: int | None = None
 
 
+class Reading(NamedTuple):
+    """How pictures are read. resize: pixels of the shorter side before the centre is cut out to evaluate;
+    None: as few as do. workers: processes. augment: as `SampleSource` takes it."""
+
+    resize: int | None
+    workers: int
+    augment: str
+
+
 def open_data(config: DataConfig, input_shape: Sequence[int], folder: Path) -> Any:
     """The `Splits` that ``config.name`` stands for, or whatever else a user's function returned.
 
     input_shape: (channels, height, width) the model takes; pictures are brought to it. folder: the
     config's. Raises DataError (exit 3) when the data are unknown, missing, damaged, or of another shape.
     """
+    found = _opened(config, input_shape, folder)
+    if config.augment == "imagenet" and isinstance(found, Splits) and isinstance(found.train, TensorSource):
+        raise whole_pictures("these are tensors")
+    return found
+
+
+def _opened(config: DataConfig, input_shape: Sequence[int], folder: Path) -> Any:
     is_folder = (folder / config.name).is_dir()
     scheme, _, name = config.name.partition(":")
     if is_user_code(config.name, folder):
@@ -65,7 +82,7 @@ def open_data(config: DataConfig, input_shape: Sequence[int], folder: Path) -> A
         if not isinstance(found, Mapping):
             return found
         shape = _image_shape(input_shape)
-        return _from_mapping(found, config.name, shape, _normalise(config, shape))
+        return _from_mapping(found, config, shape, _normalise(config, shape))
     shape = _image_shape(input_shape)
     normalise = _normalise(config, shape)
     if is_folder:
@@ -135,11 +152,11 @@ def _torchvision(config: DataConfig, name: str, shape: Shape, folder: Path, norm
         fix = nearest(name, known) or "torchvision.datasets lists them"
         raise DataError(f"unknown torchvision data set {name!r}", "data.name", fix)
     kwargs = dict(config.kwargs)
-    resize, workers = _reading(kwargs)
+    reading = _reading(config, kwargs, shape)
     parts = _both_splits(known[name])
     opened = [_open(known[name], folder / config.root, part | kwargs) for part in parts]
     sources = [
-        _in_memory(d, shape, normalise, resize) or SampleSource(d, shape, normalise, resize, workers)
+        _in_memory(d, shape, normalise, reading) or SampleSource(d, shape, normalise, *reading)
         for d in opened
     ]
     names = getattr(opened[0], "classes", None)
@@ -177,10 +194,10 @@ def _open(kind: Callable[..., Any], root: Path, kwargs: dict[str, Any]) -> Any:
         ) from error
 
 
-def _in_memory(dataset: Any, shape: Shape, normalise: Normalise, resize: int | None) -> TensorSource | None:
+def _in_memory(dataset: Any, shape: Shape, normalise: Normalise, reading: Reading) -> TensorSource | None:
     """The data set as tensors when it is an array of bytes that fits; None to read it example by example."""
     data, labels = getattr(dataset, "data", None), known_labels(dataset)
-    if not isinstance(data, (np.ndarray, Tensor)) or labels is None:
+    if not isinstance(data, (np.ndarray, Tensor)) or labels is None or reading.augment == "imagenet":
         return None
     images = torch.as_tensor(data)
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
@@ -193,16 +210,16 @@ def _in_memory(dataset: Any, shape: Shape, normalise: Normalise, resize: int | N
         return None
     if images.shape[1] != shape[0]:
         check_shape(tuple(images.shape[1:]), shape, type(dataset).__name__)
-    if resize is not None or tuple(images.shape[1:]) != shape:
+    if reading.resize is not None or tuple(images.shape[1:]) != shape:
         starts = range(0, len(images), 1000)
-        images = torch.cat([cover(images[i : i + 1000], shape, resize) for i in starts])
+        images = torch.cat([cover(images[i : i + 1000], shape, reading.resize) for i in starts])
     return TensorSource(images.contiguous(), _checked_labels(labels, "data"), normalise)
 
 
 def _image_folder(config: DataConfig, root: Path, shape: Shape, normalise: Normalise) -> Splits:
     """``root/train/CLASS/*.png`` and ``root/test`` (or ``val``) alike; of all three, val validates."""
     kwargs = dict(config.kwargs)
-    resize, workers = _reading(kwargs)
+    reading = _reading(config, kwargs, shape)
     if kwargs:
         raise DataError(
             f"unknown key {next(iter(kwargs))!r}", "data.kwargs", "a folder takes resize and workers"
@@ -217,7 +234,7 @@ def _image_folder(config: DataConfig, root: Path, shape: Shape, normalise: Norma
             odd = sorted(set(dataset.classes) ^ set(opened["train"].classes))[0]
             what = f"class {odd!r} is not in both {part}/ and train/"
             raise DataError(what, str(root), "every split needs the same class folders")
-    sources = {part: SampleSource(d, shape, normalise, resize, workers) for part, d in opened.items()}
+    sources = {part: SampleSource(d, shape, normalise, *reading) for part, d in opened.items()}
     test = sources.get("test", sources.get("val"))
     validation = sources["val"] if len(present) == 3 else None
     assert test is not None  # two of three are there, and train is one
@@ -236,11 +253,12 @@ def _open_folder(path: Path) -> Any:
         raise DataError(first_line(error).partition(": ")[2], str(path), fix) from error
 
 
-def _from_mapping(found: Mapping[str, Any], name: str, shape: Shape, normalise: Normalise) -> Splits:
+def _from_mapping(found: Mapping[str, Any], config: DataConfig, shape: Shape, normalise: Normalise) -> Splits:
     parts: dict[str, Source] = {}
+    name, reading = config.name, _reading(config, {}, shape)
     for part in ("train", "test", "validation"):
         if found.get(part) is not None:
-            parts[part] = _user_source(found[part], f"{name} [{part!r}]", shape, normalise)
+            parts[part] = _user_source(found[part], f"{name} [{part!r}]", shape, normalise, reading)
     for part in ("train", "test"):
         if part not in parts:
             raise DataError(f"gave no {part!r}", name, "return {'train': ..., 'test': ...}")
@@ -249,7 +267,7 @@ def _from_mapping(found: Mapping[str, Any], name: str, shape: Shape, normalise: 
     return Splits(name, parts["train"], parts["test"], parts.get("validation"), max(most, default=None))
 
 
-def _user_source(given: Any, where: str, shape: Shape, normalise: Normalise) -> Source:
+def _user_source(given: Any, where: str, shape: Shape, normalise: Normalise, reading: Reading) -> Source:
     if isinstance(given, (tuple, list)) and len(given) == 2:
         images, labels = (torch.as_tensor(part) for part in given)
         if len(images) != len(labels):
@@ -262,18 +280,20 @@ def _user_source(given: Any, where: str, shape: Shape, normalise: Normalise) -> 
     if hasattr(given, "__getitem__") and isinstance(given, Sized):
         if len(given) == 0:
             raise DataError("no examples", where)
-        return SampleSource(given, shape, normalise)
+        return SampleSource(given, shape, normalise, *reading)
     fix = "give (images, labels) or a map-style data set of (image, label)"
     raise DataError(f"cannot use a {type(given).__name__}", where, fix)
 
 
-def _reading(kwargs: dict[str, Any]) -> tuple[int | None, int]:
-    """Takes ``resize`` (pixels of the shorter side before the crop) and ``workers`` out of ``kwargs``."""
+def _reading(config: DataConfig, kwargs: dict[str, Any], shape: Shape) -> Reading:
+    """Takes ``resize`` and ``workers`` out of ``kwargs``. For ImageNet resize is 256 to 224, unless given."""
     resize, workers = kwargs.pop("resize", None), kwargs.pop("workers", 0)
     for name, value, least in (("resize", 1 if resize is None else resize, 1), ("workers", workers, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise DataError(f"must be a whole number from {least}, not {value!r}", f"data.kwargs.{name}")
-    return resize, workers
+    if config.augment == "imagenet":
+        return Reading(resize or round(min(shape[1:]) * 256 / 224), workers, "imagenet")
+    return Reading(resize, workers, "flip_crop")
 
 
 def _checked_labels(labels: Tensor, where: str) -> Tensor:

@@ -232,18 +232,23 @@ def inspect(
 
 def couplings(cmap: ChannelMap) -> list[dict[str, Any]]:
     """Groups of channels that leave together through more than one layer, largest first."""
-    found = []
-    for group in range(int(cmap.classes.max(initial=-1)) + 1):
-        members = cmap.classes == group
-        names = [w.weight[0] for w in cmap.writers if _any(cmap, w.weight, members)]
-        if len(names) > 1:
-            found.append({"units": int(members.sum()), "layers": [n.removesuffix(".weight") for n in names]})
+    units = np.bincount(cmap.classes, minlength=1)
+    found = [
+        {"units": int(count), "layers": names}
+        for count, names in zip(units, written_by(cmap), strict=False)
+        if len(names) > 1
+    ]
     return sorted(found, key=lambda row: -len(row["layers"]))
 
 
-def _any(cmap: ChannelMap, axis: tuple[str, int], members: np.ndarray) -> bool:
-    units = cmap.axes.get(axis)
-    return units is not None and bool(members[units[units >= 0]].any())
+def written_by(cmap: ChannelMap) -> list[list[str]]:
+    """The layers that write each class of units, in the order of the graph."""
+    found: list[dict[str, None]] = [{} for _ in range(int(cmap.classes.max(initial=-1)) + 1)]
+    for writer in cmap.writers:
+        units = cmap.axes.get(writer.weight, np.empty(0, dtype=int))
+        for group in np.unique(cmap.classes[units[units >= 0]]):
+            found[group][writer.weight[0].removesuffix(".weight")] = None
+    return [list(names) for names in found]
 
 
 def _ratio(traced: Traced, cmap: ChannelMap, ratio: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from compress.errors import ModelError
 from compress.part_trace import Arguments, Parts, arguments, buffers_kept, hooks, run, same, trace_parts
 from compress.ports import Port, split
 from compress.proof import Verification, verify
-from compress.task import CrossEntropy, Task
+from compress.task import CrossEntropy, Evaluation, Task
 from compress.trace import GraphNet, frozen_modules, get_tensor, put_tensor
 
 
@@ -66,7 +66,17 @@ class Whole:
             with self.graph_errors():
                 return task.loss(self.fitted(net), batch)
 
-        fitted = replace(task, loss=loss, evaluate=lambda net, split: task.evaluate(self.fitted(net), split))
+        def few(n: int) -> Callable[[nn.Module], Evaluation]:
+            assert task.few is not None
+            evaluate = task.few(n)
+            return lambda net: evaluate(self.fitted(net))
+
+        fitted = replace(
+            task,
+            loss=loss,
+            evaluate=lambda net, split: task.evaluate(self.fitted(net), split),
+            few=few if task.few is not None else None,
+        )
         if isinstance(task.loss, CrossEntropy) and not self.is_part and _maps_one_to_one(self.traced):
             return replace(fitted, loss=task.loss)  # nothing to fit, and criteria may look at its logits
         return fitted

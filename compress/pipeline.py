@@ -31,7 +31,8 @@ from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_
 from compress.task import build_task
 from compress.trace import Traced
 
-__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "look", "plan", "run", "study", "verify"]
+__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "look", "plan", "run", "sensitivity"]
+__all__ += ["study", "verify"]
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
@@ -49,7 +50,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "finetune": ("finetune", "data", "seed", "device"),
     "export": ("export", "seed"),
     "bench": ("bench", "seed"),
-    "report": ("gates",),
+    "report": ("gates", "recipe"),
     "gate": ("gates",),
 }
 """Parts of the config that each stage reads; what else it depends on are the files of the stages before."""
@@ -131,6 +132,12 @@ def study(
     """Whether the criteria tell the truth about this model, on its test images. Nothing is written."""
     work = Work(config, folder, folder / config.out, events, lambda: False)
     return preview.study(work, _trained(work), images, batch, units)
+
+
+def sensitivity(config: Config, folder: Path, *, images: int, events: Events) -> dict[str, Any]:
+    """What each class of units is worth, on at most `images` validation examples. Nothing is written."""
+    work = Work(config, folder, folder / config.out, events, lambda: False)
+    return preview.sensitivity(work, _trained(work), images)
 
 
 def _judged(done: tuple[tuple[str, str, float], ...]) -> bool:

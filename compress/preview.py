@@ -8,19 +8,22 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
-from compress.errors import ConfigError
+from compress.errors import ConfigError, ModelError
 from compress.importance import scored
 from compress.inspection import choices, kept_names, labelled, pinned_rows
 from compress.scorers import OF_WEIGHTS, scorer
 from compress.select import remove
-from compress.steps import Events, Work
+from compress.sensitivity import SHARES
+from compress.sensitivity import sensitivity as classes_sensitivity
+from compress.steps import Events, Work, finite
 from compress.study import study as criteria_study
 from compress.surgery import cut
-from compress.task import Task, check
+from compress.task import Evaluation, Task, check, device_of, move
 from compress.trace import GraphNet, Traced
 
 
@@ -101,6 +104,51 @@ def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int
     }
 
 
+def sensitivity(work: Work, traced: Traced | None, images: int) -> dict[str, Any]:
+    """Every class of units at several widths, each with the others whole, on validation examples.
+
+    traced: the model if it is there already. images: at most so many, where the task can leave some out.
+    """
+    with work.around() if traced else work.inside(work.built.whole):
+        return _sensitivity(work, traced or work.built.traced, images)
+
+
+def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
+    config, task = work.config, work.task
+    traced.net.to(work.device)
+    check(traced.net, task, config.model.input_shape)
+    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
+    traced, cmap = labelled(traced, kept, config.prune)
+    if cmap.units == 0:
+        fix = "compress inspect lists what stays, and why"
+        raise ModelError("the model has no prunable unit", config.model.name, fix)
+
+    def everything(net: nn.Module) -> Evaluation:
+        return task.evaluate(net, "validation")
+
+    full, found = classes_sensitivity(
+        traced.net,
+        cmap,
+        _scores(traced.net, cmap, task, config, work.events),
+        task.few(images) if task.few is not None else everything,
+        progress=lambda done, total: work.events.progress("sensitivity", done, total, "leaving units out"),
+    )
+    model = cost_model(cmap)
+    return {
+        "model": config.model.name,
+        "criterion": config.prune.criterion,
+        "images": full.n,
+        "metric": full.metric,
+        "loss": full.loss,
+        "value": full.value,
+        "macs": round(model.macs.total(model.full)),
+        "shares": list(SHARES),
+        "classes": [
+            finite(asdict(one)) | {"points": [finite(asdict(point)) for point in one.points]} for one in found
+        ],
+    }
+
+
 def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events: Events) -> np.ndarray:
     """Importance of the model as it stands: eval mode, no step is taken."""
     found = scorer(config.prune.criterion, net, cmap, task, ema=0.0, seed=config.seed)
@@ -108,7 +156,9 @@ def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events:
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)
         with scored(net, cmap, [p for p in net.parameters() if p.requires_grad]):
-            task.loss(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            found.accumulate(net, batch)
-        events.progress("plan", number, minibatches, "scoring")
+            given = move(batch, device_of(net))
+            task.loss(net, given).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            found.accumulate(net, given)
+        events.progress("scores", number, minibatches, "scoring")
+    net.zero_grad(set_to_none=True)
     return found.scores()

@@ -140,6 +140,7 @@ def gather(work: Work) -> dict[str, Any]:
         },
         "train": before["training"],
         "finetune": after["training"],
+        "recalibration": after["recalibration"],
         "layers": pruned["layers"],
         "pinned": pruned["pinned"],
         "unreached": before["unreached"],

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from compress.recipes import RECIPES, with_recipe
+
 LARGEST = 2**31 - 1
 RATIOS = ("macs_ratio", "params_ratio", "units_ratio")
 
@@ -98,7 +100,9 @@ class DataConfig(Section):
     batch_size: Count = Field(default=128, description="images per training step")
     mean: list[float] | None = Field(default=None, description="per channel, subtracted from images in 0..1")
     std: list[Positive] | None = Field(default=None, description="per channel, divides the images")
-    augment: Literal["none", "flip_crop"] = Field(default="none", description="none or flip_crop")
+    augment: Literal["none", "flip_crop", "imagenet"] = Field(
+        default="none", description="none, flip_crop or imagenet (crops of 8 to 100 %; tests on the centre)"
+    )
     validation: float = Field(
         default=0.1, gt=0, le=0.5, description="share of the training images held out to choose by"
     )
@@ -138,6 +142,9 @@ class TrainConfig(Section):
     )
     ema: BelowOne = Field(
         default=0.0, description="evaluate and keep running averages of the weights, of this decay; 0 is off"
+    )
+    recalibrate: int = Field(
+        default=0, ge=0, le=LARGEST, description="minibatches to estimate batch norms anew from; 0 is off"
     )
     amp: Literal["auto", "off", "bf16", "fp16"] = Field(
         default="auto", description="mixed precision: auto, off, bf16, fp16"
@@ -268,6 +275,9 @@ class Config(Section):
     version: Annotated[Literal[1], BeforeValidator(_exactly_one)] = Field(
         description="1, the version of this file's format"
     )
+    recipe: Literal["molchanov2019", "modern"] | None = Field(
+        default=None, description="molchanov2019 or modern: values for prune and finetune where you give none"
+    )
     model: Annotated[ModelConfig, FilledIn] = Field(description="the trained model to compress")
     data: Annotated[DataConfig, FilledIn] = Field(description="the data it is pruned and judged on")
     train: TrainConfig | None = Field(
@@ -293,6 +303,12 @@ class Config(Section):
         default="auto", description="auto, cpu or cuda", json_schema_extra={"pattern": f"^({DEVICE})$"}
     )
     out: Name = Field(default="run", description="the folder that a run works in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_recipe(cls, data: Any) -> Any:
+        name = data.get("recipe") if isinstance(data, dict) else None
+        return with_recipe(data, RECIPES[name]) if isinstance(name, str) and name in RECIPES else data
 
     @model_validator(mode="after")
     def _channels_fit(self) -> Config:

@@ -18,6 +18,7 @@ from deploy.values import (
     scientific,
     section,
     shortened,
+    significant,
     span,
     text,
     times,
@@ -283,6 +284,39 @@ def show_study(console: Console, found: Data) -> None:
     ]
     title = "rank correlation (Spearman) with the squared change of the loss, summed up per ..."
     _titled(console, title, heads, cells, right=tuple(range(1, len(heads))))
+
+
+def show_sensitivity(console: Console, found: Data) -> None:
+    """Every class of units at several widths, the most sensitive first."""
+    metric, total = text(found.get("metric"), ""), max(1, int(found["macs"]))
+
+    def value(given: object) -> str:
+        return measured(given, (lambda x: percent(x, 1)) if metric == "top1" else significant)
+
+    line(console, text(found.get("model"), ""), "bold")
+    whole = f"loss {measured(found.get('loss'), _three)}, {metric} {value(found.get('value'))}"
+    line(console, f"{whole} with all channels, on {count(found.get('images'))} validation examples")
+    shares = [percent(share, 0) for share in found["shares"]]
+    heads = ("layers", "channels", f"MACs saved at {shares[-1]}", f"loss at {shares[0]}", *shares[1:])
+    heads += (f"{metric} at {shares[0]}", *shares[1:])
+    cells = [
+        (
+            _some(one["layers"]),
+            count(one.get("units")),
+            percent(1 - rows(one, "points")[-1]["macs"] / total, 1),
+            *(measured(point.get("loss"), _three) for point in rows(one, "points")),
+            *(value(point.get("value")) for point in rows(one, "points")),
+        )
+        for one in rows(found, "classes")
+    ]
+    title = f"a share of one layer's channels kept, the least important ({found['criterion']}) left out"
+    _titled(
+        console, f"{title}; most sensitive first", heads, cells, right=tuple(range(1, len(heads))), fold=0
+    )
+
+
+def _three(value: float) -> str:
+    return significant(value, 3)
 
 
 # -- compare, verify, doctor --------------------------------------------------------------------------

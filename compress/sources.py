@@ -22,6 +22,7 @@ from compress.names import first_line
 Shape = tuple[int, int, int]  # channels, height, width
 Images = tuple[Tensor, Tensor]  # float32 (n, channels, height, width), int64 (n,)
 
+SCALES = {"flip_crop": (0.35, 1.0), "imagenet": (0.08, 1.0)}  # of a picture's area, in a random crop of it
 PAD = 4  # pixels on each side, from which a crop is taken (He et al. 2016, section 4.2)
 
 
@@ -88,7 +89,7 @@ class SampleSource:
     """A map-style data set of (image, label), read one example at a time by ``workers`` processes.
 
     Pictures (PIL) are brought to ``shape``; tensors must have it. The result does not depend on ``workers``:
-    each example has its own seed.
+    each example has its own seed. augment: one of SCALES, for draws that ask for it.
     """
 
     dataset: Any
@@ -96,6 +97,7 @@ class SampleSource:
     normalise: Normalise = field(default_factory=Normalise)
     resize: int | None = None
     workers: int = 0
+    augment: str = "flip_crop"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -201,13 +203,20 @@ def _prepare(image: Any, source: SampleSource, index: int, augment: bool) -> Ten
             image.convert({1: "L", 3: "RGB"}.get(shape[0], image.mode))
         )
         if augment:
-            crop = v2.RandomResizedCrop(shape[1:], scale=(0.35, 1.0), antialias=True)
+            crop = v2.RandomResizedCrop(shape[1:], scale=SCALES[source.augment], antialias=True)
             return v2.RandomHorizontalFlip()(crop(tensor))  # type: ignore[no-any-return]  # torchvision is untyped
         return cover(tensor, shape, source.resize)
     tensor = torch.as_tensor(image)
     check_shape(tuple(tensor.shape), shape, f"example {index}")
     tensor = tensor if tensor.dtype == torch.uint8 else tensor.to(torch.float32)
+    if augment and source.augment == "imagenet":
+        raise whole_pictures(f"example {index} is a tensor")
     return flip_crop(tensor[None], torch.default_generator)[0] if augment else tensor
+
+
+def whole_pictures(what: str) -> DataError:
+    """What to say where `augment: imagenet` finds images that have the model's size already."""
+    return DataError(f"imagenet crops pictures of any size, and {what}", "data.augment", "take flip_crop")
 
 
 def cover(images: Tensor, shape: Shape, resize: int | None) -> Tensor:

@@ -76,11 +76,11 @@ STARTERS: dict[str, Starter] = {
 }
 
 
-def starter_text(name: str) -> str:
-    """The commented pipeline file of one of STARTERS, checked against the schema."""
+def starter_text(name: str, recipe: str | None = None) -> str:
+    """The commented pipeline file of one of STARTERS, by one of RECIPES, checked against the schema."""
     from compress.config import loads
     from compress.config_template import render
 
-    text = render(STARTERS[name].given, None)
+    text = render(STARTERS[name].given, None, recipe)
     loads(text, "the new compress.yaml")
     return text

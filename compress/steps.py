@@ -36,6 +36,7 @@ from compress.inspection import (
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
 from compress.parts import Whole
+from compress.recalibration import Recalibration
 from compress.select import Space
 from compress.surgery import cut, verify
 from compress.task import Evaluation, Task, build_task, check
@@ -206,7 +207,7 @@ def train_stage(work: Work) -> Done:
     history: TrainResult | None = None
     with work.inside(built.whole):
         check(net, work.task, config.model.input_shape)
-        if config.train is not None and config.train.epochs:
+        if config.train is not None and (config.train.epochs or config.train.recalibrate):
             history = _train(work, "train", net, config.train, None, None)
         accuracy = work.test(net)
     if built.whole is None:
@@ -214,6 +215,7 @@ def train_stage(work: Work) -> Done:
     document = {
         "accuracy": accuracy,
         "training": _training(history),
+        "recalibration": _recalibration(history),
         "unreached": list(built.traced.unreached),
         "parts": None if built.whole is None else part_paths(config.model),
     }
@@ -224,7 +226,7 @@ def _check_parts(work: Work, built: Built) -> None:
     finetune, why = work.config.finetune, built.why
     if finetune is not None and finetune.distill is not None:
         what = f"only a model that is traced whole can learn from the original, and here {why}"
-        raise ConfigError(what, "finetune.distill", "leave it out")
+        raise ConfigError(what, "finetune.distill", "set it to null")
     named = ", ".join(part_paths(work.config.model)) or "its tensors"
     work.events.note(f"pruned, exported and timed is {named} alone, inside the whole model: {why}")
 
@@ -251,7 +253,7 @@ def _train(
         best = max(best, found.value)
         return found
 
-    return train(
+    result = train(
         net,
         replace(work.task, evaluate=evaluate),
         config,
@@ -263,12 +265,27 @@ def _train(
         should_stop=work.should_stop,
         progress=show,
     )
+    if result.recalibration is not None and result.recalibration.norms:
+        work.events.note(_recalibrated(result.recalibration))
+    return result
+
+
+def _recalibrated(found: Recalibration) -> str:
+    kept = "kept" if found.kept else "not kept"
+    moved = f"{found.before:.2%} to {found.after:.2%} on the validation examples, {kept}"
+    return f"batch norms estimated anew over {found.minibatches} minibatches: {moved}"
 
 
 def _training(result: TrainResult | None) -> dict[str, Any] | None:
     if result is None or not result.history:
         return None
     return {"history": [asdict(epoch) for epoch in result.history], "best_epoch": result.best_epoch}
+
+
+def _recalibration(result: TrainResult | None) -> dict[str, Any] | None:
+    if result is None or result.recalibration is None:
+        return None
+    return finite(asdict(result.recalibration))
 
 
 # -- prune --------------------------------------------------------------------------------------------
@@ -392,12 +409,16 @@ def finetune_stage(work: Work) -> Done:
     net, config = work.load("pruned"), work.config.finetune
     history: TrainResult | None = None
     with work.around():
-        if config is not None and config.epochs:
+        if config is not None and (config.epochs or config.recalibrate):
             teacher = work.load("original") if config.distill is not None else None
             state = _read_optimizer(work) if config.optimizer == "sgd" and config.momentum else None
             history = _train(work, "finetune", net, config, teacher, state)
         accuracy = work.test(net)
-    document: dict[str, Any] = {"accuracy": accuracy, "training": _training(history)}
+    document: dict[str, Any] = {
+        "accuracy": accuracy,
+        "training": _training(history),
+        "recalibration": _recalibration(history),
+    }
     for node in net.graph.nodes:
         node.meta["source"] = ""  # what is handed over carries none of the model's code
     outputs = work.save(net, "dense")

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from compress import seeds
 from compress.data import Splits, open_data
 from compress.errors import ConfigError, DataError, ModelError
 from compress.names import first_line
-from compress.sources import Draw, Images, Source
+from compress.sources import Draw, Images, Source, TensorSource
 from compress.trace import eval_mode
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Task:
     when labels are not class numbers. fingerprint: a hash of the data, so that results of other data are
     not taken for these. example: what the model is called with (a tuple of arguments, or a dict of keyword
     arguments) where that is not one tensor of `model.input_shape`. test_batches(size): the test examples in
-    batches of that size, in a fixed order; None where the task has none to give.
+    batches of that size, in a fixed order; None where the task has none to give. few(n): what evaluates a
+    model on at most n validation examples, which it reads once; None where the task cannot leave any out.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -67,6 +68,7 @@ class Task:
     name: str = "task"
     example: Any = None
     test_batches: Callable[[int], Iterator[Batch]] | None = None
+    few: Callable[[int], Callable[[nn.Module], Evaluation]] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,11 +206,20 @@ class _Classifying:
         right = torch.cat(correct)
         return Evaluation("top1", float(right.double().mean()), total / len(right), len(right), right)
 
+    def few(self, n: int) -> Callable[[nn.Module], Evaluation]:
+        """`evaluate` on n validation examples, drawn at random but always the same; they stay in memory."""
+        part = self.held_out["validation"]
+        chosen = _Part(part.source, part.indices[_some(len(part.indices), n).sort().values])
+        images, labels = zip(*part.source.batches(chosen.draws(self.batch_size)), strict=True)
+        memory = TensorSource(torch.cat(images), torch.cat(labels))
+        own = replace(self, held_out={"validation": _Part(memory, torch.arange(len(memory)))})
+        return lambda model: own.evaluate(model, "validation")
+
 
 def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
     train, validation = _train_and_validation(splits, config)
     test = _Part(splits.test, _some(len(splits.test), config.test_limit).sort().values)
-    augment = config.augment == "flip_crop"
+    augment = config.augment != "none"
     held_out = {"validation": validation, "test": test}
     parts = _Classifying(train, held_out, config.batch_size, augment, seed)
     return Task(
@@ -223,6 +234,7 @@ def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
         fingerprint=_fingerprint(splits, config),
         name=splits.name,
         test_batches=lambda size: test.source.batches(test.draws(size)),
+        few=parts.few,
     )
 
 

@@ -25,6 +25,7 @@ from compress import checkpoint as disk
 from compress import seeds
 from compress.errors import DataError, Interrupted, ModelError, ResourceError
 from compress.objective import Objective, loss_of
+from compress.recalibration import Recalibration, recalibrate
 from compress.task import Batch, Task, move
 
 if TYPE_CHECKING:
@@ -62,11 +63,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """history: one entry per epoch. best_epoch, best: whose weights the model has, and its value."""
+    """history: one entry per epoch. best_epoch, best: whose weights the model has, and its value.
+
+    recalibration: of batch norms after the last epoch, where it was asked for."""
 
     history: tuple[Epoch, ...]
     best_epoch: int
     best: float
+    recalibration: Recalibration | None = None
 
 
 class DivergedError(ModelError):
@@ -96,7 +100,8 @@ def train(
     there goes on from it; another run's state is replaced. It is written each epoch, every
     ``checkpoint_seconds``, and when ``should_stop`` (asked before each step) says so. teacher: for
     ``config.distill``. optimizer_state: by parameter name, to start from. The caller's random generators
-    are left as they were. With no epochs at all the model is only evaluated.
+    are left as they were. With no epochs at all the model is only evaluated, and recalibrated if
+    ``config.recalibrate`` says so.
 
     Raises Interrupted (exit 130) when stopped; DivergedError (exit 4) on a loss or weight that is not
     finite; ConfigError (exit 3) when the config asks for what the task or device cannot do; ResourceError
@@ -105,7 +110,8 @@ def train(
     place = torch.device(device)
     model.to(place)
     if config.epochs == 0:
-        return TrainResult((), 0, task.evaluate(model, "validation").value)
+        result = TrainResult((), 0, task.evaluate(model, "validation").value)
+        return _recalibrated(result, model, task, config, seed, place, should_stop)
     with seeds.isolated(seeds.derive(seed, "train"), place), _deterministic(place), _memory_errors():
         run = _Run(model, task, config, seed, place, checkpoint, teacher, should_stop, progress)
         run.begin(optimizer_state)
@@ -113,7 +119,28 @@ def train(
             run.finish_epoch(checkpoint_seconds)
         _copy_into(model, run.best)
     model.eval()
-    return TrainResult(tuple(run.at.history), run.at.best_epoch, run.at.best_value)
+    result = TrainResult(tuple(run.at.history), run.at.best_epoch, run.at.best_value)
+    return _recalibrated(result, model, task, config, seed, place, should_stop)
+
+
+def _recalibrated(
+    result: TrainResult,
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    seed: int,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+) -> TrainResult:
+    """Batch-norm statistics of the model as it is now, over minibatches that it was not trained on yet."""
+    if not config.recalibrate:
+        return result
+    with _deterministic(device), _memory_errors():
+        found = recalibrate(
+            model, task, config.recalibrate, epoch=config.epochs + 1, seed=seed, device=device,
+            should_stop=should_stop,
+        )  # fmt: skip
+    return replace(result, best=found.after if found.kept else found.before, recalibration=found)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -40,6 +40,7 @@ MAX_BARS = 160  # with more layers the chart shows those that cost most
 COLUMN_BARS = 44  # more bars than this are set in two columns
 MAX_POINTS = 160
 BINS = 72
+NAMED_LINES = 6  # classes of units that the drawing of sensitivities names
 PANELS = 24  # latency panels in the chart; the table has them all
 STYLE = {
     "svg.fonttype": "none",
@@ -375,6 +376,34 @@ def draw_study(found: Mapping[str, Any], path: Path) -> None:
             panel.set_visible(False)
         figure.supxlabel("score", fontsize=8)
         figure.supylabel("squared change of the loss", fontsize=8)
+        figure.set_facecolor("white")
+        figure.savefig(path)
+
+
+def draw_sensitivity(found: Mapping[str, Any], path: Path) -> None:
+    """Loss and measure against the share kept, a line per class of units; the most sensitive are named."""
+    from matplotlib import colormaps
+
+    classes = rows(found, "classes")
+    colours = colormaps["viridis"].resampled(NAMED_LINES + 1)
+    with _style():
+        figure = _figure(4.5)
+        for panel, key, title in zip(
+            _grid(figure, 1, 2), ("loss", "value"), ("loss", text(found.get("metric"))), strict=True
+        ):
+            for place, one in reversed(list(enumerate(classes))):
+                points = [(1.0, found[key]), *((p["share"], p[key]) for p in rows(one, "points"))]
+                known = [(x, y) for x, y in points if number(y) is not None]
+                named = place < NAMED_LINES
+                colour = colours(place) if named else LINE
+                more = f" and {len(one['layers']) - 1} more" if len(one["layers"]) > 1 else ""
+                label = _trim(one["layers"][0], 40) + more if named else None
+                panel.plot(*zip(*known, strict=True) if known else ([], []), ".-", color=colour, label=label)
+            panel.set_title(title)
+            panel.set_xlabel("share of one layer's channels kept")
+            panel.xaxis.set_inverted(True)
+        handles, labels = panel.get_legend_handles_labels()
+        figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=3, fontsize=7)
         figure.set_facecolor("white")
         figure.savefig(path)
 

@@ -265,6 +265,7 @@ def facts(results: Mapping[str, Any]) -> Table:
         ),
         ("Data", f"{text(data.get('name'))} ({sizes})" if data else NOT_RECORDED),
         ("Data fingerprint", text(data.get("fingerprint"), NOT_RECORDED)),
+        ("Recipe", text(section(provenance, "config").get("recipe"), "none")),
         ("Seed", text(provenance.get("seed"), NOT_RECORDED)),
         ("Commit", text(provenance.get("commit"), "none: not in a git checkout")),
         ("Created", text(results.get("created"), NOT_RECORDED)),

@@ -17,7 +17,7 @@ model:
 data: {name: mnist5k, train_limit: 640, test_limit: 200, batch_size: 32}
 train: {epochs: 3, lr: 0.1}
 prune: {macs_ratio: 0.6, align: 2, minibatches_per_step: 2, units_per_step: 4, lr: 0.01}
-finetune: {epochs: 2, lr: 0.05}
+finetune: {epochs: 2, lr: 0.05, recalibrate: 3}
 bench: {batches: [1], repeats: 5, seconds: 0.01}
 gates: {accuracy_drop: null, parity: true}
 out: run

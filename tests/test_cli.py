@@ -168,6 +168,14 @@ def test_python_m_compress_and_the_version() -> None:
         (["inspect", "m:f", "--input-shape", "3,x"], "'3,x' is not a list of sizes such as 3,224,224"),
         (["inspect", "m:f", "--input-shape", "3,0"], "'3,0' is not a list of sizes"),
         (["inspect", "--classes", "10"], "go with a MODEL, not a config"),
+        (["inspect", "m:f", "--set", "seed=1"], "--set changes a config, and a MODEL has none"),
+        (["inspect", "--images", "10"], "--images and --plot go with --sensitivity"),
+        (["inspect", "--plot", "s.png"], "--images and --plot go with --sensitivity"),
+        (["inspect", "m:f", "--sensitivity"], "--sensitivity measures on data: give a config, not m:f"),
+        (["inspect", "--sensitivity", "--images", "0"], "0 is not in the range x>=1"),
+        (["inspect", "--sensitivity", "--plot", "s.gif"], "s.gif does not end in .png, .svg, .pdf"),
+        (["inspect", "--sensitivity", "--plot", "no/s.png"], "--plot: there is no folder no"),
+        (["init", "--recipe", "modrn"], "'modrn' is not one of 'molchanov2019', 'modern'"),
         (["completion", "tcsh"], "'tcsh' is not one of"),
         (["verify", "a\x1b[2J", "b"], "unexpected extra argument (b)"),
     ],
@@ -209,15 +217,18 @@ def test_common_options_may_stand_before_or_after_the_command(capfd: Capture, ar
 # -- commands without a pipeline ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recipe", [None, "modern"])
 @pytest.mark.parametrize("template", ["mnist", "cifar10", "imagefolder"])
-def test_init_writes_a_valid_config(capfd: Capture, template: str) -> None:
-    code, out, err = call(capfd, "init", "new.yaml", "--template", template)
+def test_init_writes_a_valid_config(capfd: Capture, template: str, recipe: str | None) -> None:
+    more = ["--recipe", recipe] if recipe else []
+    code, out, err = call(capfd, "init", "new.yaml", "--template", template, *more)
     assert (code, err) == (0, "")
     assert out.startswith("wrote new.yaml: ")
     assert "new.yaml" in out.splitlines()[1]
     loaded = config.load("new.yaml")
     jsonschema.validate(config.to_dict(loaded), config.json_schema())
     assert len(loaded.model.input_shape) == 3
+    assert loaded.recipe == recipe
 
 
 def test_init_keeps_a_file_that_is_there_unless_forced(capfd: Capture) -> None:
@@ -582,6 +593,31 @@ def test_study_of_a_config(capfd: Capture, tmp_path: Path) -> None:
     code, _, err = call(capfd, "study", str(config), "--plot", "s.bmp")
     assert code == 2
     assert "s.bmp does not end in .png, .svg, .pdf" in err
+
+
+def test_sensitivity_of_a_config(capfd: Capture, tmp_path: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        'version: 1\nmodel: {name: "compress.zoo:cifar_resnet", input_shape: [1, 28, 28],\n'
+        "  kwargs: {depth: 8, width: 4, channels: 1}}\n"
+        "data: {name: mnist5k, batch_size: 16, train_limit: 100, validation: 0.4}\n"
+    )
+    arguments = ("inspect", str(config), "--sensitivity", "--images", "30", "--plot", str(tmp_path / "s.svg"))
+    found = call_json(capfd, *arguments, "--set", "prune.criterion=magnitude")["result"]
+    assert (found["images"], found["metric"], found["criterion"]) == (30, "top1", "magnitude")
+    assert sum(one["units"] for one in found["classes"]) == 44
+    assert [p["share"] for p in found["classes"][0]["points"]] == found["shares"] == [0.9, 0.75, 0.5, 0.25]
+    rises = [one["rise"] for one in found["classes"]]
+    assert rises == sorted(rises, reverse=True)
+    drawing = (tmp_path / "s.svg").read_text()
+    assert "layer1.0.conv1" in drawing
+    code, out, err = call(capfd, "inspect", str(config), "--sensitivity")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert code == 0
+    assert "with all channels, on 40 validation examples" in lines[1]
+    assert "the least important (taylor) left out; most sensitive first" in out
+    assert {line.split(" ")[0].rstrip(",") for line in lines[5:]} >= {"conv1", "layer2.0.conv1"}
+    assert err == ""  # the model is not to be trained, so there is nothing to warn of
 
 
 @pytest.mark.parametrize(

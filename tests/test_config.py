@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 BASE = "version: 1\nmodel: {name: torchvision:resnet18, input_shape: [3, 32, 32]}\ndata: {name: mnist5k}\n"
 ALIAS = "write the value out where it is needed; quote text that starts with & or *"
 EXAMPLE = "make an example with: compress init"
-SECTIONS = "bench, data, device, export, finetune, gates, model, out, prune, seed, train, version"
+SECTIONS = "bench, data, device, export, finetune, gates, model, out, prune, recipe, seed, train, ..."
 TRAIN = {
     "epochs": 10,
     "optimizer": "sgd",
@@ -48,10 +48,12 @@ TRAIN = {
     "label_smoothing": 0.0,
     "distill": None,
     "ema": 0.0,
+    "recalibrate": 0,
     "amp": "auto",
 }
 DEFAULTS: dict[str, Any] = {
     "version": 1,
+    "recipe": None,
     "model": {
         "name": "torchvision:resnet18",
         "weights": None,

@@ -51,6 +51,10 @@ def test_a_run_leaves_a_smaller_proved_model_and_a_report(finished: Path) -> Non
     assert all(row["passed"] and row["relative"] <= 1e-4 for row in results["parity"])
     assert {row["batch"] for row in results["parity"]} == {1, 2, 7}
     assert results["accuracy"]["before"] > 0.5
+    found = results["recalibration"]
+    assert (found["minibatches"], found["norms"]) == (3, 7)
+    assert found == files.read_json(finished / "run" / "finetune.json")["recalibration"]
+    assert found["kept"] or found["after"] <= found["before"]
     page = (finished / "run" / "report.html").read_text()
     assert "PASS" in page
     assert f"{results['accuracy']['after'] * 100:.2f}" in page
