@@ -99,6 +99,7 @@ def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int
         "images": found.images,
         "batch": batch,
         "rows": found.correlations(),
+        "samples": found.samples(),
         "scores": {name: values.tolist() for name, values in found.scores.items()},
         "truths": {name: values.tolist() for name, values in found.truths.items()},
     }

@@ -8,17 +8,21 @@ mean change (as the paper accumulates its estimate), "example" the mean over exa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import kendalltau as kendall
+from scipy.stats import pearsonr as pearson
+from scipy.stats import spearmanr as spearman
 from torch import Tensor
 
 from compress import criteria, importance
 from compress.channelmap import ChannelMap
 from compress.errors import DataError
 from compress.gated import Gated
+from compress.scorers import CLASSES
 from compress.sources import Images
 from compress.task import CrossEntropy
 from compress.trace import GraphNet
@@ -32,7 +36,8 @@ SIGNS = 16
 class Study:
     """scores: by criterion; truths: by their kind; (units,) each. classes: the layer of each unit.
 
-    units: the ones that were left out; scores hold these only. images: how many examples.
+    units: the ones that were left out; scores hold these only. images: how many examples. minibatches:
+    (number, units) of what is a mean over minibatches, "the truth" summed up per minibatch among it.
     """
 
     scores: dict[str, np.ndarray]
@@ -40,11 +45,10 @@ class Study:
     classes: np.ndarray
     units: np.ndarray
     images: int
+    minibatches: dict[str, np.ndarray] = field(default_factory=dict)
 
     def correlations(self) -> list[dict[str, Any]]:
         """A row per criterion and truth: Pearson, Spearman, Kendall over all units, and within layers."""
-        from scipy import stats
-
         rows = []
         for name, scores in self.scores.items():
             for kind, truth in self.truths.items():
@@ -54,19 +58,29 @@ class Study:
                     {
                         "criterion": name,
                         "truth": kind,
-                        "pearson": _correlation(stats.pearsonr, scores, truth),
-                        "spearman": _correlation(stats.spearmanr, scores, truth),
-                        "kendall": _correlation(stats.kendalltau, scores, truth),
+                        "pearson": _correlation(pearson, scores, truth),
+                        "spearman": _correlation(spearman, scores, truth),
+                        "kendall": _correlation(kendall, scores, truth),
                         "spearman_within_layers": float(np.median(known)) if known else None,
                     }
                 )
         return rows
 
-    def _within(self, scores: np.ndarray, truth: np.ndarray, layer: int) -> float | None:
-        from scipy import stats
+    def samples(self) -> list[dict[str, Any]]:
+        """How many images suffice: Spearman of scores of the first 1, 2, 4, ... minibatches with the truth
+        per minibatch of all of them."""
+        rows = []
+        for name, found in self.minibatches.items():
+            counts = [2**k for k in range(20) if 2**k < len(found)] + [len(found)]
+            for count in counts:
+                told = _correlation(spearman, found[:count].mean(0), self.truths["minibatch"])
+                images = round(self.images * count / len(found))
+                rows.append({"criterion": name, "minibatches": count, "images": images, "spearman": told})
+        return rows
 
+    def _within(self, scores: np.ndarray, truth: np.ndarray, layer: int) -> float | None:
         own = self.classes == layer
-        return _correlation(stats.spearmanr, scores[own], truth[own])
+        return _correlation(spearman, scores[own], truth[own])
 
 
 def study(
@@ -85,44 +99,68 @@ def study(
     """
     chosen = np.arange(cmap.units) if units is None else np.sort(np.asarray(units))
     net.eval()
-    gated, loss = Gated(net, cmap), CrossEntropy()
-    classes, generator = torch.from_numpy(cmap.classes), torch.Generator().manual_seed(seed)
-    sums: dict[str, Tensor] = {}
+    gated, generator = Gated(net, cmap), torch.Generator().manual_seed(seed)
+    said: dict[str, list[Tensor]] = {}
     changes: list[Tensor] = []
     linear: list[Tensor] = []
-
-    def add(name: str, value: Tensor) -> None:
-        value = value.detach().double()
-        sums[name] = sums[name] + value if name in sums else value
-
     for number, batch in enumerate(batches, start=1):
         images, labels = batch
-        add("taylor", criteria.taylor(gated, batch, loss))
-        add("taylor per example", criteria.taylor_examples(gated, batch, loss))
-        add("taylor output", criteria.taylor_output(gated, batch, loss, classes))
-        gradient, diagonal = criteria.hessian_diagonal(gated, batch, loss, samples=SIGNS, generator=generator)
-        add("taylor second order", criteria.taylor_second(gradient, diagonal))
-        add("optimal brain damage", criteria.brain_damage(diagonal))
-        net.zero_grad(set_to_none=True)
-        loss(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        add("taylor weights", criteria.taylor_weights(net, cmap))
-        add("norm scale taylor", criteria.norm_scale(net, cmap, gradient=True))
-        net.zero_grad(set_to_none=True)
+        own = _by_gates(gated, cmap, batch, generator) | _by_parameters(net, cmap, batch)
         linear.append(criteria.loss_changes(*criteria.logit_shifts(gated, images, labels)).double())
         changes.append(criteria.leave_out(gated, images, labels, torch.from_numpy(chosen)[:, None]).double())
+        for name, values in own.items():
+            said.setdefault(name, []).append(values.detach().double()[chosen])
+        said.setdefault("logits, all classes", []).append(criteria.squared_mean(linear[-1])[chosen])
+        said.setdefault("the truth", []).append(criteria.squared_mean(changes[-1]))
         progress(number)
     if not changes:
         raise DataError("no examples to study", "study", "give at least one batch")
-    scores = {name: (value / len(changes)).numpy()[chosen] for name, value in sums.items()}
-    scores |= {f"logits linear, {kind}": value[chosen] for kind, value in _statistics(linear).items()}
-    scores |= {
-        "norm scale": criteria.norm_scale(net, cmap).numpy()[chosen],
-        "magnitude L1": importance.magnitude(net, cmap, 1)[chosen],
-        "magnitude L2": importance.magnitude(net, cmap)[chosen],
-        "random": importance.random(cmap, seed)[chosen],
-    }
+    minibatches = {name: torch.stack(values).numpy() for name, values in said.items()}
+    scores = {name: values.mean(0) for name, values in minibatches.items() if name != "the truth"}
+    whole = _statistics(linear)
+    scores |= {f"logits, all classes, per {kind}": whole[kind][chosen] for kind in ("mean", "example")}
+    scores |= {name: values[chosen] for name, values in _by_weights(net, cmap, seed).items()}
     images_seen = sum(len(c) for c in changes)
-    return Study(scores, _statistics(changes), cmap.classes[chosen], chosen, images_seen)
+    return Study(scores, _statistics(changes), cmap.classes[chosen], chosen, images_seen, minibatches)
+
+
+def _by_gates(gated: Gated, cmap: ChannelMap, batch: Images, generator: torch.Generator) -> dict[str, Tensor]:
+    """What one minibatch says through explicit gates."""
+    loss, classes = CrossEntropy(), torch.from_numpy(cmap.classes)
+    gradient, diagonal = criteria.hessian_diagonal(gated, batch, loss, samples=SIGNS, generator=generator)
+    return {
+        "taylor": criteria.taylor(gated, batch, loss),
+        "taylor per example": criteria.taylor_examples(gated, batch, loss),
+        "taylor output": criteria.taylor_output(gated, batch, loss, classes),
+        "taylor second order": criteria.taylor_second(gradient, diagonal),
+        "optimal brain damage": criteria.brain_damage(diagonal),
+        "logits": criteria.squared_mean(
+            criteria.loss_changes(*criteria.logit_shifts(gated, *batch, CLASSES))
+        ),
+    }
+
+
+def _by_parameters(net: GraphNet, cmap: ChannelMap, batch: Images) -> dict[str, Tensor]:
+    """What one minibatch says through the gradients of the parameters."""
+    net.zero_grad(set_to_none=True)
+    CrossEntropy()(net, batch).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    found = {
+        "taylor, writing side": importance.write_gates(net, cmap).square(),
+        "taylor weights": criteria.taylor_weights(net, cmap),
+        "norm scale taylor": criteria.norm_scale(net, cmap, gradient=True),
+    }
+    net.zero_grad(set_to_none=True)
+    return found
+
+
+def _by_weights(net: GraphNet, cmap: ChannelMap, seed: int) -> dict[str, np.ndarray]:
+    """What needs no minibatch."""
+    return {
+        "norm scale": criteria.norm_scale(net, cmap).numpy(),
+        "magnitude L1": importance.magnitude(net, cmap, 1),
+        "magnitude L2": importance.magnitude(net, cmap),
+        "random": importance.random(cmap, seed),
+    }
 
 
 def _statistics(changes: Sequence[Tensor]) -> dict[str, np.ndarray]:

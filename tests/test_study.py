@@ -49,6 +49,7 @@ def test_truths_are_what_leaving_units_out_does() -> None:
         for batch in batches
     ]
     assert np.allclose(found.scores["taylor"], torch.stack(plain).mean(0), rtol=1e-5)
+    assert np.allclose(found.scores["taylor, writing side"], found.scores["taylor"], rtol=1e-3)  # all is ReLU
 
 
 def test_some_units_only() -> None:
@@ -84,16 +85,29 @@ def test_correlations() -> None:
     assert found["flat"]["spearman"] is None
 
 
+def test_how_many_images_suffice() -> None:
+    net, cmap, batches = prepared()
+    found = study(net, cmap, batches)
+    rows = {(row["criterion"], row["minibatches"]): row for row in found.samples()}
+    assert {count for _, count in rows} == {1, 2, 3}
+    assert [rows["taylor", count]["images"] for count in (1, 2, 3)] == [8, 16, 24]
+    whole = {row["criterion"]: row["spearman"] for row in found.correlations() if row["truth"] == "minibatch"}
+    assert rows["taylor", 3]["spearman"] == pytest.approx(whole["taylor"])
+    assert rows["the truth", 3]["spearman"] == pytest.approx(1)
+    assert rows["the truth", 1]["spearman"] < 0.999
+    assert "magnitude L2" not in {name for name, _ in rows}
+
+
 def test_the_expanded_logits_come_closer_to_the_truth_than_the_expanded_loss() -> None:
     net, cmap, batches = prepared()
     with torch.no_grad():
         net.get_parameter("linear.weight").mul_(20)  # confident, so that the loss bends
     found = study(net, cmap, batches)
     truth = found.truths["minibatch"]
-    far = {name: np.abs(found.scores[name] - truth).sum() for name in ("taylor", "logits linear, minibatch")}
-    assert far["logits linear, minibatch"] < 0.7 * far["taylor"]
+    far = {name: np.abs(found.scores[name] - truth).sum() for name in ("taylor", "logits, all classes")}
+    assert far["logits, all classes"] < 0.7 * far["taylor"]
     spearman = {(row["criterion"], row["truth"]): row["spearman"] for row in found.correlations()}
-    assert spearman["logits linear, minibatch", "minibatch"] > 0.9
+    assert spearman["logits, all classes", "minibatch"] > 0.9
     assert spearman["random", "minibatch"] < 0.5
 
 
