@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,10 +19,9 @@ from torch.utils import _pytree as pytree
 from compress.channelmap import ChannelMap
 from compress.errors import ModelError
 from compress.folding import from_parameters, upstream
+from compress.importance import Side
 from compress.labels import core, short_name, varying
 from compress.trace import GraphNet, get_tensor
-
-Side = Literal["read", "write"]
 
 
 class Gated(nn.Module):

@@ -22,18 +22,23 @@ from compress.channelmap import ChannelMap
 from compress.errors import ModelError
 from compress.trace import get_tensor
 
+Side = Literal["read", "write"]
 CACHED = 2**16  # numbers of a product that stay in the processor's cache
 
 
 @contextlib.contextmanager
-def scored(net: nn.Module, cmap: ChannelMap, trained: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, all that reads units takes gradients; afterwards what is not trained has none again.
+def scored(
+    net: nn.Module, cmap: ChannelMap, trained: Iterable[Tensor], side: Side = "read"
+) -> Iterator[None]:
+    """Inside, all that the gates of `side` are read off takes gradients; afterwards what is not trained has
+    none again.
 
     What is frozen, and the gates of `compress.gates`, are scored but never trained.
     """
     owned = {id(tensor) for tensor in trained}
-    reads = [get_tensor(net, name) for name in sorted({name for name, _ in cmap.reads})]
-    resting = [tensor for tensor in reads if id(tensor) not in owned]
+    names = {name for name, _ in cmap.reads} if side == "read" else {name for name, _ in _members(cmap)}
+    asked = [get_tensor(net, name) for name in sorted(names)]
+    resting = [tensor for tensor in asked if id(tensor) not in owned]
     for tensor in resting:
         tensor.requires_grad_(True)
     try:
@@ -64,16 +69,23 @@ def write_gates(net: nn.Module, cmap: ChannelMap) -> Tensor:
     Equal to `read_gates` where the activation in between is positively homogeneous (ReLU).
     """
     gates = unit_zeros(net, cmap)
+    for (name, dim), units in _members(cmap).items():
+        tensor = get_tensor(net, name)
+        if tensor.grad is not None:
+            add_by_unit(gates, slice_sums(tensor.detach(), tensor.grad, dim), units)
+    return gates[:-1]
+
+
+def _members(cmap: ChannelMap) -> dict[tuple[str, int], np.ndarray]:
+    """The axes that `write_gates` reads units off, and their units."""
+    found: dict[tuple[str, int], np.ndarray] = {}
     for writer in cmap.writers:
         units = cmap.axes.get(writer.weight)
         if units is None:
             continue
-        members = [(writer.gamma, 0), (writer.beta, 0)] if writer.gamma else [writer.weight, (writer.bias, 0)]
-        for name, dim in members:
-            tensor = get_tensor(net, name) if name else None
-            if tensor is not None and tensor.grad is not None:
-                add_by_unit(gates, slice_sums(tensor.detach(), tensor.grad, dim), units)
-    return gates[:-1]
+        own = [(writer.gamma, 0), (writer.beta, 0)] if writer.gamma else [writer.weight, (writer.bias, 0)]
+        found |= {(name, dim): units for name, dim in own if name}
+    return found
 
 
 def unit_zeros(net: nn.Module, cmap: ChannelMap) -> Tensor:
@@ -136,13 +148,18 @@ class Taylor(Average):
     """First-order Taylor importance, accumulated the paper's way: squared per minibatch, of the
     gradient of the minibatch's mean loss."""
 
-    def __init__(self, cmap: ChannelMap, ema: float = 0.9) -> None:
+    def __init__(self, cmap: ChannelMap, ema: float = 0.9, side: Side = "read") -> None:
+        """Raises ModelError (exit 4) where a unit has no weight that writes it, and side is "write"."""
         super().__init__(ema)
-        self.cmap = cmap
+        self.cmap, self.gates = cmap, read_gates if side == "read" else write_gates
+        written = {unit for units in _members(cmap).values() for unit in units.tolist()}
+        lost = cmap.units - len(written - {-1})
+        if side == "write" and lost:
+            raise ModelError(f"no weight writes {lost} of {cmap.units} units", "prune.gates", "use read")
 
     def accumulate(self, net: nn.Module, batch: Any = None) -> None:
         """Take the gradients of one minibatch; call between `backward()` and `zero_grad()`."""
-        self.add(read_gates(net, self.cmap).square())
+        self.add(self.gates(net, self.cmap).square())
 
 
 def magnitude(net: nn.Module, cmap: ChannelMap, norm: Literal[1, 2] = 2) -> np.ndarray:

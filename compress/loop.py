@@ -150,7 +150,7 @@ class _Run:
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        self.scorer = scorer(config.criterion, net, cmap, task, ema=config.ema, seed=seed)
+        self.scorer = scorer(config, net, cmap, task, ema=config.ema, seed=seed)
         self.count = config.units_per_step or math.ceil(STEP_SHARE * cmap.units)
         self.columns = {name: get_tensor(net, name).detach().clone() for name, _ in cmap.reads}
         self.state = _State()
@@ -272,7 +272,7 @@ class _Run:
     def _minibatch(self) -> float:
         """One training step; removed units stay at zero."""
         self.net.train()
-        with scored(self.net, self.cmap, self.parameters.values()):
+        with scored(self.net, self.cmap, self.parameters.values(), self.config.gates):
             value = self._backward()
         self.optimizer.step()
         mask(self.net, self.cmap, self.keep)

@@ -152,11 +152,11 @@ def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
 
 def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events: Events) -> np.ndarray:
     """Importance of the model as it stands: eval mode, no step is taken."""
-    found = scorer(config.prune.criterion, net, cmap, task, ema=0.0, seed=config.seed)
+    found = scorer(config.prune, net, cmap, task, ema=0.0, seed=config.seed)
     minibatches = 0 if config.prune.criterion in OF_WEIGHTS else config.prune.minibatches_per_step
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)
-        with scored(net, cmap, [p for p in net.parameters() if p.requires_grad]):
+        with scored(net, cmap, [p for p in net.parameters() if p.requires_grad], config.prune.gates):
             given = move(batch, device_of(net))
             task.loss(net, given).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             found.accumulate(net, given)

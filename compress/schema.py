@@ -169,6 +169,9 @@ class PruneConfig(Section):
     criterion: Literal["taylor", "logits", "magnitude", "random"] = Field(
         default="taylor", description="taylor (any loss), logits (classifiers), magnitude or random"
     )
+    gates: Literal["read", "write"] = Field(
+        default="read", description="score a channel where it is read (exact) or where it is written"
+    )
     minibatches_per_step: Count = Field(
         default=10, description="batches that scores are summed over between removals"
     )

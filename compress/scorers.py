@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -12,9 +12,12 @@ from compress.channelmap import ChannelMap
 from compress.criteria import logit_shifts, loss_changes, squared_mean
 from compress.errors import ConfigError
 from compress.gated import Gated
-from compress.importance import Average, Taylor, magnitude, random
+from compress.importance import Average, Side, Taylor, magnitude, random
 from compress.task import Batch, CrossEntropy, Task
 from compress.trace import GraphNet, eval_mode
+
+if TYPE_CHECKING:
+    from compress.config import PruneConfig
 
 CLASSES = 1
 """Wrong classes that `Logits` follows one by one; all others move as one (docs/criteria.md: the evidence)."""
@@ -36,17 +39,15 @@ class Logits(Average):
     """The change of the loss as a unit leaves, logits linear in its gate and the loss exact, averaged over
     a minibatch and squared; `criteria.logit_shifts` has the equation. Batch norms are in eval mode."""
 
-    def __init__(
-        self, net: GraphNet, cmap: ChannelMap, ema: float = 0.9, classes: int | None = CLASSES
-    ) -> None:
+    def __init__(self, net: GraphNet, cmap: ChannelMap, ema: float = 0.9, side: Side = "read") -> None:
         super().__init__(ema)
-        self.gated, self.classes = Gated(net, cmap).to(next(net.parameters()).device), classes
+        self.gated = Gated(net, cmap, side).to(next(net.parameters()).device)
 
     def accumulate(self, net: GraphNet, batch: Batch) -> None:
         """Score (images, labels) with the weights that net has now; no gradient of theirs is touched."""
         images, labels = batch
         with eval_mode(self.gated):
-            self.add(squared_mean(loss_changes(*logit_shifts(self.gated, images, labels, self.classes))))
+            self.add(squared_mean(loss_changes(*logit_shifts(self.gated, images, labels, CLASSES))))
 
 
 class _OfWeights:
@@ -61,21 +62,24 @@ class _OfWeights:
         pass
 
 
-def scorer(name: str, net: GraphNet, cmap: ChannelMap, task: Task, *, ema: float, seed: int) -> Scorer:
-    """The scorer of a criterion in the config.
+def scorer(
+    config: PruneConfig, net: GraphNet, cmap: ChannelMap, task: Task, *, ema: float, seed: int
+) -> Scorer:
+    """The scorer of the config's criterion.
 
     Raises ConfigError (exit 3) where it does not go with the task, ModelError (exit 4) where the model has
     no place for a gate.
     """
+    name = config.criterion
     if name == "magnitude":
         return _OfWeights(lambda: magnitude(net, cmap))
     if name == "random":
         return _OfWeights(lambda: random(cmap, seed))
     if name == "taylor":
-        return Taylor(cmap, ema)
+        return Taylor(cmap, ema, config.gates)
     if not isinstance(task.loss, CrossEntropy):
         what = (
             f"logits needs a classifier traced whole and its cross-entropy, and {task.name} has another loss"
         )
         raise ConfigError(what, "prune.criterion", "use taylor, which takes any loss")
-    return Logits(net, cmap, ema)
+    return Logits(net, cmap, ema, config.gates)

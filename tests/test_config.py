@@ -79,6 +79,7 @@ DEFAULTS: dict[str, Any] = {
         "params_ratio": None,
         "units_ratio": None,
         "criterion": "taylor",
+        "gates": "read",
         "minibatches_per_step": 10,
         "units_per_step": None,
         "lr": 0.001,

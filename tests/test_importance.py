@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.channelmap import ChannelMap, channel_map
 from compress.errors import ModelError
-from compress.importance import Taylor, magnitude, random, read_gates, write_gates
+from compress.importance import Taylor, magnitude, random, read_gates, scored, write_gates
 from compress.trace import trace
 
 WIDTH = 6
@@ -212,6 +213,31 @@ class TestTaylor:
         cmap = channel_map(trace(Mlp(), (torch.randn(2, 4),)))
         with pytest.raises(ModelError, match="no gradient was accumulated"):
             Taylor(cmap).scores()
+
+
+class TestSides:
+    def test_the_writing_side_is_scored_where_it_is_asked_for(self) -> None:
+        traced = trace(randomise(Mlp((4, 8, 3), nn.SiLU)), (torch.randn(2, 4),))
+        cmap = channel_map(traced)
+        for name in ("layers.0.weight", "layers.0.bias", "layers.1.weight"):
+            traced.net.get_parameter(name).requires_grad_(False)
+        found = {}
+        for side, gates in (("read", read_gates), ("write", write_gates)):
+            taylor = Taylor(cmap, side=side)
+            with scored(traced.net, cmap, [], side):
+                loss_of(traced.net(torch.ones(5, 4))).backward()
+                expected = gates(traced.net, cmap).square()
+                taylor.accumulate(traced.net)
+            found[side] = taylor.scores()
+            assert np.allclose(found[side], expected)
+            assert float(found[side].min()) > 0
+            assert all(p.grad is None for p in traced.net.parameters() if not p.requires_grad)
+        assert not np.allclose(found["read"], found["write"], rtol=0.01)
+
+    def test_units_that_no_weight_writes_are_refused(self) -> None:
+        cmap = channel_map(trace(Mlp(), (torch.randn(2, 4),)))
+        with pytest.raises(ModelError, match=r"prune\.gates: no weight writes \d+ of \d+ units; use read"):
+            Taylor(replace(cmap, writers=()), side="write")
 
 
 def test_magnitude_is_the_norm_of_the_rows_that_write_a_unit() -> None:
