@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress import seeds
+from compress import distributed, seeds, shares
 from compress.data import Splits, open_data
 from compress.errors import ConfigError, DataError, ModelError
 from compress.names import first_line
@@ -53,6 +53,10 @@ class Task:
     not taken for these. example: what the model is called with (a tuple of arguments, or a dict of keyword
     arguments) where that is not one tensor of `model.input_shape`. test_batches(size): the test examples in
     batches of that size, in a fixed order; None where the task has none to give.
+
+    With several processes (see `compress.distributed`) train_batches gives whole batches in each of them, and
+    they are cut there; the loss is a mean over the examples. train_shares(epoch, start) gives a process its
+    share of the same batches without the rest. evaluate runs in each.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -67,6 +71,7 @@ class Task:
     name: str = "task"
     example: Any = None
     test_batches: Callable[[int], Iterator[Batch]] | None = None
+    train_shares: Callable[[int, int], Iterator[shares.Share]] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,15 @@ def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
     return value
 
 
+def train_shares(task: Task, epoch: int, start: int) -> Iterator[shares.Share]:
+    """This process's shares of the training batches: those that the task makes, else cut from whole ones."""
+    if distributed.size() > 1 and task.train_shares is not None:
+        yield from task.train_shares(epoch, start)
+        return
+    for batch in task.train_batches(epoch, start):
+        yield shares.share(batch)
+
+
 def logits_of(output: Any) -> Tensor:
     """The (n, classes) tensor in a model's output: itself, ``.logits``, or the first of several.
 
@@ -136,15 +150,7 @@ def logits_of(output: Any) -> Tensor:
 
 def move(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it, at any depth of tuples, lists and dicts, on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: move(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(move(item, device) for item in value)
-    return value
+    return shares.mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -182,27 +188,41 @@ class _Classifying:
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Images]:
         """Batches of one size; what is left over at the end of an epoch's order is not used in that epoch."""
+        return self.train.source.batches(self._draws(epoch, start))
+
+    def train_shares(self, epoch: int, start: int = 0) -> Iterator[shares.Share]:
+        """This process's share of the same batches; only that is decoded."""
+        draws = self._draws(epoch, start)
+        own = [shares.shared(draw, len(draw.indices), lambda d, r: replace(d, rows=r)) for draw in draws]
+        found = self.train.source.batches([share.batch for share in own])
+        for share, batch in zip(own, found, strict=True):
+            yield replace(share, batch=batch)
+
+    def _draws(self, epoch: int, start: int) -> list[Draw]:
         order = torch.randperm(len(self.train.indices), generator=seeds.generator("order", self.seed, epoch))
         indices, size = self.train.indices[order], self.batch_size
-        draws = [
+        return [
             Draw(indices[i * size : (i + 1) * size], (self.seed, epoch, i) if self.augment else None)
             for i in range(start, self.batches_per_epoch)
         ]
-        return self.train.source.batches(draws)
 
     def evaluate(self, model: nn.Module, split: str) -> Evaluation:
+        """Whole batches, dealt to the processes in turn: the same batches as in one process."""
         if split not in self.held_out:
             raise ConfigError(f"unknown split {split!r}", "evaluate", f"one of {', '.join(self.held_out)}")
-        part, device = self.held_out[split], device_of(model)
-        total, correct = 0.0, []
+        part, device, size = self.held_out[split], device_of(model), self.batch_size
+        draws, n = list(part.draws(size)), len(part.indices)
+        own = range(distributed.rank(), len(draws), distributed.size())
+        losses, correct = torch.zeros(len(draws), dtype=torch.float64), torch.zeros(n, dtype=torch.uint8)
         with eval_mode(model), torch.no_grad():
-            for batch in part.source.batches(part.draws(self.batch_size)):
+            for i, batch in zip(own, part.source.batches([draws[i] for i in own]), strict=True):
                 images, labels = move(batch, device)
                 logits = logits_of(model(images))
-                total += float(functional.cross_entropy(logits.double(), labels, reduction="sum"))
-                correct.append((logits.argmax(1) == labels).cpu())
-        right = torch.cat(correct)
-        return Evaluation("top1", float(right.double().mean()), total / len(right), len(right), right)
+                losses[i] = functional.cross_entropy(logits.double(), labels, reduction="sum")
+                correct[i * size : (i + 1) * size] = logits.argmax(1) == labels
+        right = distributed.summed(correct).bool()
+        total = sum(distributed.summed(losses).tolist())
+        return Evaluation("top1", float(right.double().mean()), total / n, n, right)
 
 
 def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
@@ -223,6 +243,7 @@ def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
         fingerprint=_fingerprint(splits, config),
         name=splits.name,
         test_batches=lambda size: test.source.batches(test.draws(size)),
+        train_shares=parts.train_shares,
     )
 
 
