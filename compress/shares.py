@@ -65,23 +65,23 @@ def shared(batch: Any, n: int, cut: Callable[[Any, slice], Any]) -> Share:
 def share(batch: Any) -> Share:
     """This process's share of any batch: the rows of its tensors, or of its lists.
 
-    Tensors of one length are cut along dimension 0. Otherwise a list holds examples, and a tuple or dict of
-    lists of one length holds parts of examples (a detector's images and targets). Raises DataError (exit 3).
+    A tuple or dict of lists of one length is cut in these (a detector's images and targets), a list of tuples
+    in itself. Else tensors of one length are cut along dimension 0. Else a list holds examples. Raises
+    DataError (exit 3).
     """
     if distributed.size() == 1:
         return Share(batch)
-    lengths: set[int] = set()
-    mapped(batch, lambda tensor: lengths.update(tensor.shape[:1]))
-    if len(lengths) == 1:
-        return shared(batch, lengths.pop(), _cut_tensors)
-    if isinstance(batch, list):
-        return shared(batch, len(batch), lambda value, own: value[own])
-    members = (
-        list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else []
-    )
+    members: Any = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else ()
     found = {len(member) if isinstance(member, (list, tuple)) else -1 for member in members}
     if len(found) == 1 and -1 not in found:
         return shared(batch, found.pop(), _cut_members)
+    lengths: set[int] = set()
+    mapped(batch, lambda tensor: lengths.update(tensor.shape[:1]))
+    pairs = isinstance(batch, list) and all(isinstance(item, tuple) for item in batch)
+    if len(lengths) == 1 and not pairs:
+        return shared(batch, lengths.pop(), _cut_tensors)
+    if isinstance(batch, list):
+        return shared(batch, len(batch), lambda value, own: value[own])
     said = f"tensors of lengths {', '.join(map(str, sorted(lengths)))}" if lengths else "no tensors"
     what = f"a batch of {said} cannot be shared among {distributed.size()} processes"
     fix = "give tensors of one length, or lists with an item for each example"
