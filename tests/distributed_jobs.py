@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -244,12 +245,12 @@ def results(folder: Path) -> Iterator[tuple[str, Found]]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    distributed.begin()
+    dist.init_process_group("gloo")  # as a user may who calls compress from a program of several processes
     if not distributed.is_main():
         checkpoint.save = refuse
     for name, found in results(folder):
         save_file(found, str(folder / f"{name}-{distributed.rank()}.safetensors"))
-    distributed.end()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
