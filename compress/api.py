@@ -171,8 +171,10 @@ def finetune(
     _check_trainable(model)
     task = _task(batches, loss, evaluate, "compress.finetune")
     folder = Path(checkpoint) if checkpoint is not None else None
+    # DistributedDataParallel would average the gradients that are summed here.
+    own = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     done = train(
-        model, task, config, seed=seed, device=device_of(model), checkpoint=folder, teacher=teacher,
+        own, task, config, seed=seed, device=device_of(model), checkpoint=folder, teacher=teacher,
         progress=progress,
     )  # fmt: skip
     return model, done

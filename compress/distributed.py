@@ -129,12 +129,13 @@ def barrier() -> None:
     any_of(False)
 
 
-def agree(text: str, what: str) -> None:
+def agree(
+    text: str, what: str, fix: str = "start it with the same files, data and versions on every machine"
+) -> None:
     """Raise ConfigError (exit 3) unless all processes have the same text; ``what`` says what differs."""
     if size() > 1:
-        own = np.frombuffer(hashlib.sha256(text.encode()).digest()[:6], dtype=np.uint8).astype(np.float64)
+        own = np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8).astype(np.float64)
         if any_of(not np.array_equal(from_main(own), own)):
-            fix = "start it with the same files, data and versions on every machine"
             raise ConfigError(f"{what} differs between the processes", "torchrun", fix)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,16 @@ def shared(batch: Any, n: int, cut: Callable[[Any, slice], Any]) -> Share:
     return Share(cut(batch, own), (own.stop - own.start) / n, split=True)
 
 
+def agree(batch: Any) -> None:
+    """Raise ConfigError (exit 3) unless all processes have the same batch before each takes its share."""
+    if distributed.size() > 1:
+        digest = hashlib.sha256()
+        for tensor in _tensors(batch):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        fix = "give whole batches, the same in each: no DistributedSampler, no random choice without a seed"
+        distributed.agree(digest.hexdigest(), "the first batch", fix)
+
+
 def share(batch: Any) -> Share:
     """This process's share of any batch: the rows of its tensors, or of its lists.
 
@@ -75,8 +86,7 @@ def share(batch: Any) -> Share:
     found = {len(member) if isinstance(member, (list, tuple)) else -1 for member in members}
     if len(found) == 1 and -1 not in found:
         return shared(batch, found.pop(), _cut_members)
-    lengths: set[int] = set()
-    mapped(batch, lambda tensor: lengths.update(tensor.shape[:1]))
+    lengths = {len(tensor) for tensor in _tensors(batch) if tensor.dim()}
     pairs = isinstance(batch, list) and all(isinstance(item, tuple) for item in batch)
     if len(lengths) == 1 and not pairs:
         return shared(batch, lengths.pop(), _cut_tensors)
@@ -99,6 +109,12 @@ def mapped(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(mapped(item, function) for item in value)
     return value
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(batch, found.append)
+    return found
 
 
 def _cut_tensors(batch: Any, own: slice) -> Any:

@@ -109,7 +109,7 @@ def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
     model, ModelError (exit 4) when the model fails on them, or its loss is no finite scalar.
     """
     with seeds.isolated(), eval_mode(model):
-        batch = move(next(iter(task.train_batches(1, 0))), device_of(model))
+        batch = move(next(train_shares(task, 1, 0)).batch, device_of(model))
         if task.classes is not None:
             _check_classification(model, task, batch, tuple(input_shape))
         with torch.enable_grad(), _model_errors():
@@ -126,11 +126,16 @@ def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
 
 
 def train_shares(task: Task, epoch: int, start: int) -> Iterator[shares.Share]:
-    """This process's shares of the training batches: those that the task makes, else cut from whole ones."""
+    """This process's shares of the training batches: those that the task makes, else cut from whole ones.
+
+    Raises ConfigError (exit 3) where the first of the whole ones is not the same in all processes.
+    """
     if distributed.size() > 1 and task.train_shares is not None:
         yield from task.train_shares(epoch, start)
         return
-    for batch in task.train_batches(epoch, start):
+    for number, batch in enumerate(task.train_batches(epoch, start)):
+        if number == 0:
+            shares.agree(batch)
         yield shares.share(batch)
 
 

@@ -22,7 +22,7 @@ import compress
 from compress import checkpoint, distributed, loop, shares
 from compress.channelmap import channel_map
 from compress.data import Splits
-from compress.errors import DataError, Interrupted
+from compress.errors import ConfigError, DataError, Interrupted
 from compress.inspection import choices
 from compress.schema import DataConfig, PruneConfig, TrainConfig
 from compress.sources import TensorSource
@@ -175,14 +175,20 @@ def made(folder: Path) -> Path:
 
 
 def own_measure(folder: Path) -> Found:
-    """Each process measures something else; all keep the epoch that is best for the first."""
+    """Each process measures something else; all keep the epoch that is best for the first.
+
+    The model comes in DistributedDataParallel, which is taken off.
+    """
+    model: nn.Module = Net(differing())
+    if distributed.size() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
     values = [[0.1, 0.3, 0.2], [0.9, 0.1, 0.2]][distributed.rank()]
     left = iter(values)
     batches = [examples(6, seed) for seed in range(3)]
-    _, done = compress.finetune(
-        Net(differing()), batches, loss, evaluate=lambda net: next(left), epochs=3, lr=0.01
-    )
-    return {"best": torch.tensor([done.best_epoch, done.best])}
+    _, done = compress.finetune(model, batches, loss, evaluate=lambda net: next(left), epochs=3, lr=0.01)
+    inner = model.module if distributed.size() > 1 else model
+    found = {n: t.clone() for n, t in inner.state_dict().items()}
+    return found | {"best": torch.tensor([done.best_epoch, done.best])}
 
 
 def gradients(folder: Path) -> Found:
@@ -211,8 +217,14 @@ def lists(folder: Path) -> Found:
         said = ""
     except DataError as error:
         said = str(error)
+    other = examples(4, distributed.rank())
+    try:
+        compress.finetune(Net(), [other], loss, epochs=1)
+        differs = ""
+    except ConfigError as error:
+        differs = str(error)
     own = torch.tensor([float(image.mean()) for image in share.batch[0]])
-    return {"own": own, "weight": torch.tensor(share.weight), "said": text(said)}
+    return {"own": own, "weight": torch.tensor(share.weight), "said": text(said), "differs": text(differs)}
 
 
 def norms_of_instances(folder: Path) -> Found:

@@ -114,7 +114,8 @@ def test_the_first_process_reports_and_its_measure_counts(runs: Runs) -> None:
     assert second["seen"] == 0
     assert first["measured"].numel()
     assert torch.equal(second["measured"], torch.zeros_like(first["measured"]))
-    _, first, second = runs["own_measure"]
+    alone, first, second = runs["own_measure"]
+    assert difference(alone, first) < 1e-4
     assert first["best"].tolist() == pytest.approx([2, 0.3])
     assert equal(first, second)
 
@@ -141,6 +142,10 @@ def test_lists_of_examples_are_shared_and_what_cannot_be_is_refused(runs: Runs) 
     assert torch.equal(alone["own"], torch.cat([first["own"], second["own"]]))
     assert (len(first["own"]), len(second["own"])) == (2, 3)
     assert float(first["weight"] + second["weight"]) == pytest.approx(1)
+    assert bytes(first["differs"].tolist()).decode() == (
+        "torchrun: the first batch differs between the processes; "
+        "give whole batches, the same in each: no DistributedSampler, no random choice without a seed"
+    )
     assert bytes(first["said"].tolist()).decode() == (
         "batches: a batch of tensors of lengths 4, 5 cannot be shared among 2 processes; "
         "give tensors of one length, or lists with an item for each example"
