@@ -34,12 +34,12 @@ data:
   name: benchmarks.cifar10:splits
   mean: {mean}
   std: {std}
-  batch_size: 64
+  batch_size: 32
   augment: flip_crop
-  train_limit: 5000
-  test_limit: 2000
+  train_limit: 1500
+  test_limit: 500
 device: cpu
-prune: {{macs_ratio: 0.8, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 10}}
+prune: {{macs_ratio: 0.85, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 5, units_per_step: 12}}
 """
 
 

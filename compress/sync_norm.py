@@ -79,7 +79,7 @@ def batch_norm(
     return out.to(x.dtype)
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance per channel over all processes, and the count of numbers of a channel.
 
     Means and squared deviations are put together as Chan et al. 1979 do, which does not cancel.
@@ -87,7 +87,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     others = [d for d in range(x.dim()) if d != 1]
     own_var, own_mean = torch.var_mean(x, others, correction=0)
     count = x.numel() // x.shape[1]
-    own = torch.cat([own_mean.double(), own_var.double() * count, own_mean.new_tensor([count]).double()])
+    own = torch.cat(
+        [own_mean.double(), own_var.double() * count, own_mean.new_full((1,), count, dtype=torch.float64)]
+    )
     found = [torch.empty_like(own) for _ in range(size())]
     with answering():
         dist.all_gather(found, own)
@@ -95,7 +97,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     total = counts.sum()
     mean = (means * counts).sum(0) / total
     var = (squares + counts * (means - mean).square()).sum(0) / total
-    return mean.to(x.dtype), var.to(x.dtype), float(total)
+    return mean.to(x.dtype), var.to(x.dtype), total.to(x.dtype)
 
 
 class _Normalised(Function):
@@ -106,16 +108,23 @@ class _Normalised(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, count: float, eps: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.count, ctx.eps = count, eps
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
         return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var = ctx.saved_tensors
+        x, weight, mean, var, count = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
         )
@@ -124,6 +133,6 @@ class _Normalised(Function):
             dist.all_reduce(sums)
         shape = [1, -1, *[1] * (x.dim() - 2)]
         inverse = (var + ctx.eps).rsqrt()
-        constant, slope = sums * (weight * inverse / ctx.count)
+        constant, slope = sums * (weight * inverse / count)
         dx -= constant.view(shape) + (x - mean.view(shape)) * (slope * inverse).view(shape)
         return dx, dweight, dbias, None, None, None, None

@@ -21,7 +21,7 @@ from pipelines import CONFIG
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress import checkpoint, distributed, manifest, shares
+from compress import checkpoint, distributed, failures, manifest, shares
 from compress.launch import Launch, launched
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +197,19 @@ def test_only_the_whole_environment_of_torchrun_counts() -> None:
     for name in env:
         assert launched({k: v for k, v in env.items() if k != name}) == Launch()
     assert launched({**env, "RANK": "x"}) == Launch()
+
+
+def test_what_torchrun_sends_on_is_no_second_press(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's Ctrl-C reaches the processes, and torchrun sends it to them once more."""
+    monkeypatch.setattr(failures, "launched", lambda: Launch(0, 2, 0))
+    said: list[str] = []
+    with failures.Stopper(said.append) as stopper:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert (stopper.code, len(said)) == (130, 1)
+        monkeypatch.setattr(failures, "ONE_PRESS_SECONDS", 0.0)
+        with pytest.raises(failures.StopNow):
+            signal.raise_signal(signal.SIGINT)
 
 
 # -- the command --------------------------------------------------------------------------------------
