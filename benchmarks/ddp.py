@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,13 +32,12 @@ model:
   kwargs: {{dtype: {dtype}}}
   input_shape: [3, 32, 32]
 data:
-  name: benchmarks.cifar10:splits
+  name: benchmarks.ddp:images
+  kwargs: {{path: {images}}}
   mean: {mean}
   std: {std}
   batch_size: 32
   augment: flip_crop
-  train_limit: 1500
-  test_limit: 500
 device: cpu
 prune: {{macs_ratio: 0.85, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 5, units_per_step: 12}}
 """
@@ -67,6 +67,22 @@ def network(dtype: str) -> nn.Module:
     return Network(build_model(config, Path()).to(getattr(torch, dtype)))
 
 
+def images(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What `main` took of CIFAR-10, once for all processes."""
+    with np.load(path) as file:
+        return {part: (file[f"{part}_images"], file[f"{part}_labels"]) for part in ("train", "test")}
+
+
+def keep_images(path: Path, train: int = 1500, test: int = 500) -> None:
+    from benchmarks import cifar10
+
+    arrays = {}
+    for part, n in (("train", train), ("test", test)):
+        found = cifar10.read(data_folder(), part)
+        arrays |= {f"{part}_images": found[0][:n], f"{part}_labels": found[1][:n]}
+    np.savez(path, **arrays)
+
+
 @dataclass(frozen=True)
 class Job:
     dtype: str
@@ -80,7 +96,8 @@ def run(folder: Path, job: Job, overrides: list[str]) -> dict[str, Any]:
 
     out = folder / f"{job.dtype}-{job.processes}-{job.threads}"
     config = folder / f"{job.dtype}.yaml"
-    config.write_text(CONFIG.format(dtype=job.dtype, mean=cifar10.MEAN, std=cifar10.STD))
+    given = {"dtype": job.dtype, "images": folder / "images.npz", "mean": cifar10.MEAN, "std": cifar10.STD}
+    config.write_text(CONFIG.format(**given))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
     changes = [part for item in overrides for part in ("--set", item)]
     command = [*(start if job.processes > 1 else []), "-m", "compress", "run", str(config), *changes]
@@ -119,6 +136,7 @@ def main() -> None:
     jobs = [Job("float64", 1, 1), Job("float64", 2, 1)]
     jobs += [Job("float32", 1, 1), Job("float32", 2, 1), Job("float32", 1, 2)]
     with tempfile.TemporaryDirectory() as place:
+        keep_images(Path(place) / "images.npz")
         rows = [run(Path(place), job, sys.argv[1:]) for job in jobs]
         wide, narrow, threads = (compared(rows[a], rows[b]) for a, b in ((0, 1), (2, 3), (2, 4)))
     summary = {

@@ -124,7 +124,8 @@ def _cut_tensors(batch: Any, own: slice) -> Any:
 def _cut_members(batch: Any, own: slice) -> Any:
     if isinstance(batch, Mapping):
         return {key: member[own] for key, member in batch.items()}
-    return tuple(member[own] for member in batch)
+    cut = [member[own] for member in batch]
+    return type(batch)(*cut) if hasattr(batch, "_fields") else tuple(cut)
 
 
 def own_draws(seed: int, step: int, device: torch.device) -> None:
