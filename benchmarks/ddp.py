@@ -39,7 +39,7 @@ data:
   batch_size: 32
   augment: flip_crop
 device: cpu
-prune: {{macs_ratio: 0.85, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 5, units_per_step: 12}}
+prune: {{macs_ratio: 0.85, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 2, units_per_step: 20}}
 """
 
 
@@ -73,7 +73,7 @@ def images(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         return {part: (file[f"{part}_images"], file[f"{part}_labels"]) for part in ("train", "test")}
 
 
-def keep_images(path: Path, train: int = 1500, test: int = 500) -> None:
+def keep_images(path: Path, train: int = 1000, test: int = 200) -> None:
     from benchmarks import cifar10
 
     arrays = {}
