@@ -28,6 +28,7 @@ def overhead(name: str, model: Any, batch: int, size: int, pairs: int) -> dict[s
     from compress.channelmap import channel_map
     from compress.importance import Taylor
     from compress.scorers import Logits
+    from compress.shares import Share
     from compress.trace import trace
 
     x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -45,7 +46,7 @@ def overhead(name: str, model: Any, batch: int, size: int, pairs: int) -> dict[s
         optimizer.zero_grad(set_to_none=True)
         cross_entropy(net(x), y).backward()
         if criterion:
-            scorers[criterion].accumulate(net, (x, y))
+            scorers[criterion].accumulate(net, Share((x, y)))
         optimizer.step()
 
     taken: dict[str, list[float]] = {"": [], "taylor": [], "logits": []}

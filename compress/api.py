@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compress import graphfile
+from compress import distributed, graphfile, shares
 from compress.channelmap import ChannelMap, PinnedChannels
 from compress.config_faults import translate
 from compress.cost import Layer, class_counts, cost_model, layers
@@ -108,13 +108,18 @@ def prune(
     Returns the dense model and a Result. The dense model is a new graph with the same parameter names,
     or, with `part`, a copy of the model with the graph in the part's place; the given model is left as it
     was. With in_place=True it is the given model itself, trained and sliced, without the channels whose
-    number its Python code fixes. Raises CompressError.
+    number its Python code fixes.
+
+    Under torchrun, or in a process group of yours, all processes call this with the same batches and get the
+    same; each works on its share of every batch, and the first reports progress. Raises CompressError.
     """
     config = _checked(PruneConfig, options, "compress.prune")
+    distributed.begin()
     check_module(model)
     own, example = unwrapped(model), arguments(example_inputs)
     _check_trainable(own)
     subject = own if in_place else _copied(own)
+    shares.spread(subject)
     parts = trace_parts(subject, [""] if part is None else [part] if isinstance(part, str) else part, example)
     kept = (*keep_names(parts.traced.net, config.keep), *parts.shared)
     traced, cmap = labelled(parts.traced, kept, config, in_place=in_place)
@@ -158,14 +163,18 @@ def finetune(
     batches, loss and evaluate are as for `prune`. With evaluate the weights of the best epoch are kept,
     without it those of the last. options: the keys of the config's `finetune` section, with the same
     defaults (epochs=10, lr=0.01, optimizer="sgd", ema=0, ...); teacher: the model for distill={...}.
-    checkpoint: a folder; a call that was stopped goes on from there to the same bits. Raises CompressError.
+    checkpoint: a folder; a call that was stopped goes on from there to the same bits. Under
+    torchrun it is as for `prune`. Raises CompressError.
     """
     config = _checked(TrainConfig, options, "compress.finetune")
+    distributed.begin()
     _check_trainable(model)
     task = _task(batches, loss, evaluate, "compress.finetune")
     folder = Path(checkpoint) if checkpoint is not None else None
+    # DistributedDataParallel would average the gradients that are summed here.
+    own = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     done = train(
-        model, task, config, seed=seed, device=device_of(model), checkpoint=folder, teacher=teacher,
+        own, task, config, seed=seed, device=device_of(model), checkpoint=folder, teacher=teacher,
         progress=progress,
     )  # fmt: skip
     return model, done

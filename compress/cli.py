@@ -17,6 +17,7 @@ from compress.command import Answer, Common, Program
 from compress.console import Screen, document
 from compress.errors import escape
 from compress.failures import Stopper
+from compress.launch import launched
 from compress.recipes import RECIPES
 from compress.stages import STAGES
 
@@ -292,7 +293,7 @@ def _pipeline(screen: Screen, config: str, overrides: Sequence[str], out: str | 
     """Run the pipeline under `Stopper` and with progress on stderr."""
     loaded, folder = _load(config, overrides, out)
     screen.run = str(folder / loaded.out)
-    stopper = Stopper(screen.warn)
+    stopper = Stopper(screen.warn if not launched().rank else lambda text: None)
     with screen.events("loading torch and the data") as events, stopper:
         from compress import pipeline
 
@@ -447,6 +448,8 @@ def _usage(error: click.ClickException, as_json: bool) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "compress"
     what, fix = error.format_message().rstrip("."), f"see {path} --help"
+    if launched().rank:
+        return error.exit_code  # the first of several processes says it
     click.echo(f"error: {escape(what)}; {fix}", err=True)
     if as_json:
         facts = {"what": what, "where": "", "fix": fix}

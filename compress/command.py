@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -21,6 +22,10 @@ from compress.console import (
     wants_colour,
 )
 from compress.failures import Failure, explain
+from compress.launch import launched
+from compress.stages import STAGES
+
+SILENT = -2  # the verbosity that says errors only
 
 
 @dataclass(frozen=True)
@@ -105,18 +110,51 @@ class Program(click.Group):
 
 
 def execute(name: str, common: Common, arguments: Sequence[str], body: Callable[[Screen], Answer]) -> int:
-    """Run a command's body with stdout kept for its result; gives the exit code."""
+    """Run a command's body with stdout kept for its result; gives the exit code.
+
+    Of the processes that torchrun started, all run a pipeline and the first talks; the first alone runs
+    any other command.
+    """
+    at, together = launched(), name in ("run", *STAGES)
+    if at.rank and not together:
+        return 0
     with separated() as out:
         screen = _screen(name, common, out)
         _calm_libraries(screen.verbosity)
         try:
-            answer = body(screen)
-            _print(screen, answer, out)
+            with _processes() if at.several and together else nullcontext():
+                answer = body(screen)
+            if not at.rank:
+                _print(screen, answer, out)
         except (click.ClickException, click.exceptions.Exit, SystemExit):
             raise  # usage, for `main`
         except BaseException as error:
+            if at.several and together:
+                return _fail_together(screen, error, arguments, out)
             return _fail(screen, explain(error, screen, arguments), error, out)
         return answer.exit_code
+
+
+@contextmanager
+def _processes() -> Iterator[None]:
+    """Inside, the processes that torchrun started are a group."""
+    from compress import distributed
+
+    distributed.begin()
+    yield
+    distributed.end()
+
+
+def _fail_together(screen: Screen, error: BaseException, arguments: Sequence[str], out: TextIO) -> int:
+    """One of the processes says what went wrong; all end with its exit code."""
+    from compress import distributed
+
+    if not distributed.fails_first():
+        return distributed.code_left(1)
+    code = _fail(screen, explain(error, screen, arguments), error, out)
+    out.flush()
+    distributed.leave_code(code)
+    return code
 
 
 def _screen(name: str, common: Common, out: TextIO) -> Screen:
@@ -126,9 +164,9 @@ def _screen(name: str, common: Common, out: TextIO) -> Screen:
         err=make_console(sys.stderr, colour=colour(sys.stderr)),
         command=name,
         json=common.json,
-        verbosity=common.verbose - common.quiet,
+        verbosity=SILENT if launched().rank else common.verbose - common.quiet,
         debug=common.debug,
-        bars=wants_bars(sys.stderr, os.environ),
+        bars=wants_bars(sys.stderr, os.environ) and not launched().rank,
     )
 
 

@@ -163,6 +163,7 @@ def _machine(folder: Path) -> tuple[Check, ...]:
     looks: tuple[tuple[str, Callable[[], Check]], ...] = (
         ("cpu", _cpu),
         ("threads", _threads),
+        ("processes", _processes),
         ("memory", _memory),
         ("disk", lambda: _disk(folder)),
     )
@@ -188,6 +189,18 @@ def _threads() -> Check:
     limit = os.environ.get("OMP_NUM_THREADS")
     said = f", OMP_NUM_THREADS={limit}" if limit else ""
     return Check("machine", "threads", "ok", f"{usable} usable{said}")
+
+
+def _processes() -> Check:
+    """Through what the processes that torchrun starts would talk."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        return Check("machine", "processes", "off", "this PyTorch works in one only", "install another build")
+    gpus = torch.cuda.device_count() if dist.is_nccl_available() else 0
+    said = f"nccl on {gpus} GPUs, gloo on the CPU" if gpus else "gloo on the CPU"
+    return Check("machine", "processes", "ok", f"torchrun shares the training: {said}")
 
 
 def _memory() -> Check:

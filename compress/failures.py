@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from compress.errors import (
     TargetError,
     escape,
 )
+from compress.launch import launched
 from deploy.errors import DeployError
 
 if TYPE_CHECKING:
     from compress.console import Screen
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+ONE_PRESS_SECONDS = 2.0  # torchrun sends on to its processes what the terminal has sent them already
 OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|can.t allocate memory|cannot allocate memory|bad_alloc|"
     r"failed to allocate memory",
@@ -154,6 +157,7 @@ class Stopper:
         self.say = say
         self.code: int | None = None
         self._count = 0
+        self._at = 0.0
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -177,6 +181,10 @@ class Stopper:
             if number == signal.SIGTERM:
                 os._exit(code)
             return
+        now = time.monotonic()
+        if launched().several and self.code is not None and now - self._at < ONE_PRESS_SECONDS:
+            return
+        self._at = now
         self._count += 1
         self.code = code
         if self._count == 1:

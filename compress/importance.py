@@ -157,7 +157,7 @@ class Taylor(Average):
         if side == "write" and lost:
             raise ModelError(f"no weight writes {lost} of {cmap.units} units", "prune.gates", "use read")
 
-    def accumulate(self, net: nn.Module, batch: Any = None) -> None:
+    def accumulate(self, net: nn.Module, share: Any = None) -> None:
         """Take the gradients of one minibatch; call between `backward()` and `zero_grad()`."""
         self.add(self.gates(net, self.cmap).square())
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress import checkpoint as disk
-from compress import seeds
+from compress import distributed, seeds, shares
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import Interrupted
@@ -30,7 +30,7 @@ from compress.importance import scored
 from compress.scorers import scorer
 from compress.select import Space, remove
 from compress.surgery import mask
-from compress.task import Batch, Task, move
+from compress.task import Task, move, train_shares
 from compress.trace import GraphNet, get_tensor
 from compress.train import CHECKPOINT_SECONDS, DivergedError
 
@@ -103,18 +103,20 @@ def prune(
     """Prune `net` (trained in place) down to the target of `where`.
 
     A run that finds its own state in the folder `checkpoint` goes on from it and ends with the same
-    weights as one that was never stopped. progress gets each step and the target ratio.
+    weights as one that was never stopped. progress gets each step and the target ratio. Of several processes
+    the first writes and reports; all end with the same network.
 
     Raises Interrupted when `should_stop` says so between two removals; DivergedError when the loss is
     not finite (the last good state stays in `checkpoint`).
     """
     place = torch.device(device)
     net.to(place)
+    shares.spread(net)
     with seeds.isolated(seeds.derive(seed, "prune"), place):
         run = _Run(net, cmap, where, task, config, seed, place, checkpoint)
         run.begin()
         while not run.state.stop_reason:
-            if should_stop():
+            if distributed.any_of(should_stop()):
                 run.save()
                 raise Interrupted(
                     f"stopped after removal {len(run.state.history)}",
@@ -122,7 +124,7 @@ def prune(
                     "run the same command again to go on from there" if checkpoint else "nothing was saved",
                 )
             run.step()
-            if run.state.history:
+            if run.state.history and distributed.is_main():
                 progress(run.state.history[-1], where.target.ratio)
             if checkpoint is not None and time.monotonic() - run.saved_at >= checkpoint_seconds:
                 run.save()
@@ -155,7 +157,7 @@ class _Run:
         self.columns = {name: get_tensor(net, name).detach().clone() for name, _ in cmap.reads}
         self.state = _State()
         self.identity = self._identity()
-        self.batches: Iterator[Batch] = iter(())
+        self.batches: Iterator[shares.Share] = iter(())
         self.good: tuple[dict[str, Any], np.ndarray] | None = None
         self.saved_at = time.monotonic()
 
@@ -189,7 +191,8 @@ class _Run:
     def _remove(self) -> None:
         if self._tolerances():
             self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy())
-        chosen = remove(self.scorer.scores(), self.keep, self.where, self.count)
+        scores = distributed.from_main(self.scorer.scores())
+        chosen = remove(scores, self.keep, self.where, self.count)
         if not chosen.removed:
             self.state.stop_reason = "every layer is at its least width"
             return
@@ -227,7 +230,7 @@ class _Run:
 
     def save(self) -> None:
         """Write everything a later run needs to go on as if nothing had happened."""
-        if self.folder is None:
+        if self.folder is None or not distributed.is_main():
             return
         tensors = disk.prefixed("model/", self.net.state_dict()) | disk.prefixed("columns/", self.columns)
         for name, parameter in self.parameters.items():
@@ -275,15 +278,19 @@ class _Run:
         with scored(self.net, self.cmap, self.parameters.values(), self.config.gates):
             value = self._backward()
         self.optimizer.step()
+        shares.level_buffers(self.net)
         mask(self.net, self.cmap, self.keep)
         self.state.minibatches += 1
         return value
 
     def _backward(self) -> float:
         """Gradients of one minibatch, added to the scores; the loss. Raises where it is not finite."""
-        batch = move(self._next_batch(), self.device)
-        loss = self.task.loss(self.net, batch)
-        value = float(loss.detach())
+        share = self._next_batch()
+        share = replace(share, batch=move(share.batch, self.device))
+        shares.own_draws(self.seed, self.state.minibatches, self.device)
+        with share.together():
+            loss = self.task.loss(self.net, share.batch)
+        value = share.mean(loss)
         if not math.isfinite(value):
             kept = f"; the last good state is in {self.folder}" if self.folder else ""
             raise DivergedError(
@@ -292,18 +299,19 @@ class _Run:
                 f"lower prune.lr{kept}",
             )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.scorer.accumulate(self.net, batch)
+        share.backward(loss)
+        shares.reduce_gradients(self.net)
+        self.scorer.accumulate(self.net, share)
         return value
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> shares.Share:
         """The next batch of the endless sequence of epochs; it depends on its place alone."""
         with seeds.isolated(seeds.derive(self.seed, "data", self.state.epoch, self.state.position)):
             if self.state.position >= self.task.batches_per_epoch:
                 self.state.epoch, self.state.position, self.batches = self.state.epoch + 1, 0, iter(())
             batch = next(self.batches, None)
             if batch is None:
-                self.batches = iter(self.task.train_batches(self.state.epoch, self.state.position))
+                self.batches = train_shares(self.task, self.state.epoch, self.state.position)
                 batch = next(self.batches)
         self.state.position += 1
         return batch
@@ -335,7 +343,8 @@ class _Run:
 
     def _accuracy(self) -> float:
         with seeds.isolated(seeds.derive(self.seed, "validation", len(self.state.history)), self.device):
-            return float(self.task.evaluate(self.net, "validation").value)
+            found = self.task.evaluate(self.net, "validation").value
+        return float(distributed.from_main(np.array(found)))
 
     def _judge(self, loss: float, accuracy: float | None) -> None:
         """Set the reason to stop, if there is one; a breached tolerance goes back to the last good point."""

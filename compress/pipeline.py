@@ -12,13 +12,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress import files, manifest, preview
+from compress import distributed, files, manifest, preview
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
@@ -54,6 +55,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "gate": ("gates",),
 }
 """Parts of the config that each stage reads; what else it depends on are the files of the stages before."""
+SHARED = ("train", "prune", "finetune")
+"""Stages that several processes do together; of the others one does all."""
+SEEN_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -83,18 +87,21 @@ def run(
 
     until: the last stage to run. start: this stage and all later ones are done again. only: this stage
     alone; the ones before it must be done. dry_run: say what would happen, change nothing.
-    fresh: forget what an earlier run left. Raises CompressError or DeployError; LockedError when another
-    run works in the same folder.
+    fresh: forget what an earlier run left. Of several processes (see `compress.distributed`) all call this;
+    the first alone writes, exports, measures and judges. Raises CompressError or DeployError; LockedError
+    when another run works in the same folder.
     """
     place = folder / config.out
     work = Work(config, folder, place, events, should_stop, command)
     preflight(work)
     if dry_run:
         return Outcome(0, place, {}, _walk(work, until, start, only, dry=True))
-    with files.lock(place):
-        if fresh:
-            _forget(place)
-        files.clean(place)
+    with files.lock(place) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            if fresh:
+                _forget(place)
+            files.clean(place)
+        distributed.barrier()
         done = _walk(work, until, start, only, dry=False)
         results = files.read_json(place / "results.json") if _judged(done) else {}
     failed = _judged(done) and results["verdict"] not in ("pass", "no gates")
@@ -158,8 +165,9 @@ def _walk(work: Work, until: str | None, start: str | None, only: str | None, *,
     stale = False
     for number, name in enumerate(STAGES[: last + 1]):
         key = "" if stale and dry else _key(work, name)
-        fresh_enough = not stale and number < again and manifest.is_done(work.run, name, key)
-        if fresh_enough:
+        distributed.agree(key, f"what stage {name} starts from")
+        maybe = distributed.is_main() and not stale and number < again
+        if distributed.any_of(maybe and manifest.is_done(work.run, name, key)):
             work.events.stage(name, "cached")
             report.append((name, "cached", 0.0))
             continue
@@ -182,28 +190,38 @@ def _do(work: Work, name: str, key: str) -> float:
     """Run one stage and commit it; its checkpoints are removed then."""
     work.events.stage(name, "start")
     started, clock = datetime.now(UTC), time.monotonic()
-    if work.should_stop():
+    if distributed.any_of(work.should_stop()):
         raise Interrupted(
             f"stopped before stage {name}", "run", "run the same command again to go on from there"
         )
     try:
-        made = STAGE_FUNCTIONS[name](work)
+        made = STAGE_FUNCTIONS[name](work) if name in SHARED or distributed.is_main() else Done([])
     except Interrupted:
         work.events.stage(name, "stopped")
         raise
     seconds = time.monotonic() - clock
-    record = StageRecord(
-        name,
-        key,
-        manifest.facts(work.run, made.outputs),
-        _versions(),
-        started.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        seconds,
-    )
-    manifest.commit(work.run, record)
-    shutil.rmtree(work.run / "checkpoints" / name, ignore_errors=True)
+    if distributed.is_main():
+        when = started.strftime("%Y-%m-%dT%H:%M:%SZ")
+        outputs = manifest.facts(work.run, made.outputs)
+        manifest.commit(work.run, StageRecord(name, key, outputs, _versions(), when, seconds))
+        shutil.rmtree(work.run / "checkpoints" / name, ignore_errors=True)
+    distributed.barrier()
+    _await_commit(work, name, key)
     work.events.stage(name, "done", made.detail)
     return seconds
+
+
+def _await_commit(work: Work, name: str, key: str) -> None:
+    """Wait until this process too sees what process 0 wrote: network file systems are late."""
+    until = time.monotonic() + SEEN_SECONDS
+    while not distributed.is_main():
+        found = manifest.load(work.run).get(name) if work.run.exists() else None
+        if found is not None and found.key == key:
+            return
+        if time.monotonic() > until:
+            what = f"process {distributed.rank()} does not see what process 0 writes"
+            raise ConfigError(what, str(work.run), "use a folder on a disk that all machines share")
+        time.sleep(0.2)
 
 
 def _key(work: Work, name: str) -> str:

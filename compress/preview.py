@@ -20,6 +20,7 @@ from compress.scorers import OF_WEIGHTS, scorer
 from compress.select import remove
 from compress.sensitivity import SHARES
 from compress.sensitivity import sensitivity as classes_sensitivity
+from compress.shares import Share
 from compress.steps import Events, Work, finite
 from compress.study import study as criteria_study
 from compress.surgery import cut
@@ -159,7 +160,7 @@ def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events:
         with scored(net, cmap, [p for p in net.parameters() if p.requires_grad], config.prune.gates):
             given = move(batch, device_of(net))
             task.loss(net, given).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            found.accumulate(net, given)
+            found.accumulate(net, Share(given))
         events.progress("scores", number, minibatches, "scoring")
     net.zero_grad(set_to_none=True)
     return found.scores()

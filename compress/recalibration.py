@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from compress import seeds
+from compress import distributed, seeds
 from compress.errors import DataError, Interrupted
 from compress.task import Batch, Evaluation, Task, move
 
@@ -116,7 +117,8 @@ def recalibrate(
             found.settle()
         after = _evaluated(model, task, seed, place) if seen else before
     better = (after.value, -after.loss) >= (before.value, -before.loss)
-    kept = bool(seen) and math.isfinite(after.loss) and better
+    own = bool(seen) and math.isfinite(after.loss) and better
+    kept = bool(distributed.from_main(np.array([own]))[0])
     if not kept:
         for found, (mean, var) in zip(seen, old, strict=True):
             found.mean.copy_(mean)
@@ -143,7 +145,7 @@ def _statistics(
     model.train()
     with closing(_batches(task, epoch)) as batches:  # ends the data loader's processes
         for batch in islice(batches, minibatches):
-            if should_stop():
+            if distributed.any_of(should_stop()):
                 fix = "run the same command again to go on from there"
                 raise Interrupted("stopped while estimating batch-norm statistics", "train", fix)
             with watch:

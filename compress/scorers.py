@@ -9,11 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from compress.channelmap import ChannelMap
-from compress.criteria import logit_shifts, loss_changes, squared_mean
+from compress.criteria import logit_shifts, loss_changes
 from compress.errors import ConfigError
 from compress.gated import Gated
 from compress.importance import Average, Side, Taylor, magnitude, random
-from compress.task import Batch, CrossEntropy, Task
+from compress.shares import Share
+from compress.task import CrossEntropy, Task
 from compress.trace import GraphNet, eval_mode
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ OF_WEIGHTS = ("magnitude", "random")
 
 
 class Scorer(Protocol):
-    """accumulate: one minibatch, between `backward()` and the optimizer's step. scores: (units,), and a new
-    step begins. average: what the next step goes on from, None where it starts anew."""
+    """accumulate: a process's share of one minibatch, between `backward()` and the optimizer's step. scores:
+    (units,), and a new step begins. average: what the next step goes on from, None where it starts anew."""
 
     average: Tensor | None
 
-    def accumulate(self, net: GraphNet, batch: Batch) -> None: ...
+    def accumulate(self, net: GraphNet, share: Share) -> None: ...
     def scores(self) -> np.ndarray: ...
 
 
@@ -43,11 +44,12 @@ class Logits(Average):
         super().__init__(ema)
         self.gated = Gated(net, cmap, side).to(next(net.parameters()).device)
 
-    def accumulate(self, net: GraphNet, batch: Batch) -> None:
+    def accumulate(self, net: GraphNet, share: Share) -> None:
         """Score (images, labels) with the weights that net has now; no gradient of theirs is touched."""
-        images, labels = batch
+        images, labels = share.batch
         with eval_mode(self.gated):
-            self.add(squared_mean(loss_changes(*logit_shifts(self.gated, images, labels, CLASSES))))
+            changes = loss_changes(*logit_shifts(self.gated, images, labels, CLASSES))
+        self.add(share.averaged(changes.mean(0)).square())
 
 
 class _OfWeights:
@@ -58,7 +60,7 @@ class _OfWeights:
     def __init__(self, measure: Callable[[], np.ndarray]) -> None:
         self.scores = measure
 
-    def accumulate(self, net: GraphNet, batch: Batch) -> None:
+    def accumulate(self, net: GraphNet, share: Share) -> None:
         pass
 
 

@@ -28,10 +28,14 @@ PAD = 4  # pixels on each side, from which a crop is taken (He et al. 2016, sect
 
 @dataclass(frozen=True)
 class Draw:
-    """One batch to come: the indices of its examples, and the key of its augmentation (None: none)."""
+    """One batch to come: the indices of its examples, and the key of its augmentation (None: none).
+
+    rows: those of the batch that are wanted; they are what they are in the whole batch.
+    """
 
     indices: Tensor
     key: tuple[int, int, int] | None = None  # seed, epoch, number of the batch
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 class Source(Protocol):
@@ -71,10 +75,13 @@ class TensorSource:
 
     def batches(self, draws: Iterable[Draw]) -> Iterator[Images]:
         for draw in draws:
-            images = self.images[draw.indices]
+            own = draw.indices[draw.rows]
+            images = self.images[own]
             if draw.key is not None:
-                images = flip_crop(images, seeds.generator("augment", *draw.key))
-            yield self.normalise(images), self.labels[draw.indices]
+                images = flip_crop(
+                    images, seeds.generator("augment", *draw.key), len(draw.indices), draw.rows
+                )
+            yield self.normalise(images), self.labels[own]
 
     def digest(self) -> str:
         parts = (self.images.contiguous().numpy(), self.labels.contiguous().numpy())
@@ -109,7 +116,7 @@ class SampleSource:
     def batches(self, draws: Iterable[Draw]) -> Iterator[Images]:
         from torch.utils.data import DataLoader
 
-        wanted = [[(int(i), draw.key and draw.key[:2]) for i in draw.indices] for draw in draws]
+        wanted = [[(int(i), draw.key and draw.key[:2]) for i in draw.indices[draw.rows]] for draw in draws]
         loader: Any = DataLoader(
             _Samples(self),  # type: ignore[arg-type]  # a data set is anything with these two methods
             batch_sampler=wanted,
@@ -160,15 +167,19 @@ class _Samples:
         return str(samples[index][0]) if isinstance(samples, list) else "data"
 
 
-def flip_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+def flip_crop(
+    images: Tensor, generator: torch.Generator, of: int | None = None, own: slice = slice(None)
+) -> Tensor:
     """Each image (n, channels, height, width) padded by 4 black pixels, cropped at random, mirrored or not.
 
-    He et al. 2016, section 4.2. The result depends on ``generator`` alone.
+    He et al. 2016, section 4.2. The result depends on ``generator`` alone. of, own: the images are these
+    of a batch of so many.
     """
     n, _, height, width = images.shape
-    top = torch.randint(0, 2 * PAD + 1, (n, 1), generator=generator)
-    left = torch.randint(0, 2 * PAD + 1, (n, 1), generator=generator)
-    mirror = torch.rand((n, 1), generator=generator) < 0.5
+    drawn = n if of is None else of
+    top = torch.randint(0, 2 * PAD + 1, (drawn, 1), generator=generator)[own]
+    left = torch.randint(0, 2 * PAD + 1, (drawn, 1), generator=generator)[own]
+    mirror = torch.rand((drawn, 1), generator=generator)[own] < 0.5
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     columns = torch.where(mirror, columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (PAD, PAD, PAD, PAD))

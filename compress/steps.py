@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress import checkpoint, files, graphfile, seeds
+from compress import checkpoint, distributed, files, graphfile, seeds, shares
 from compress.channelmap import ChannelMap
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
@@ -33,6 +33,7 @@ from compress.inspection import (
     part_paths,
     pinned_rows,
 )
+from compress.launch import launched
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
 from compress.parts import Whole
@@ -103,6 +104,7 @@ class Work:
             yield
             return
         whole.model.to(self.device)
+        shares.spread(whole.model)
         with whole:
             self.whole = whole
             try:
@@ -114,6 +116,9 @@ class Work:
     def device(self) -> torch.device:
         name, found = self.config.device, torch.cuda.is_available()
         device = torch.device(("cuda" if found else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and distributed.size() > 1:
+            device = _own_gpu(device)
+            name = str(device)
         if device.type == "cuda" and not found:
             raise TargetError(
                 "there is no CUDA device", "device", "device: auto takes what is there; see compress doctor"
@@ -148,22 +153,35 @@ class Work:
         return files.read_json(self.run / name)
 
     def write(self, name: str, document: Any) -> str:
-        files.write_json(self.run / name, document)
+        if distributed.is_main():
+            files.write_json(self.run / name, document)
         return name
 
     def save(self, net: GraphNet, name: str) -> list[str]:
-        paths = graphfile.save(net.eval().cpu(), self.run / name, self.shapes)
+        net.eval().cpu()
+        if not distributed.is_main():
+            return []
+        paths = graphfile.save(net, self.run / name, self.shapes)
         return [path.name for path in paths]
 
     def checkpoint(self, stage: str) -> Path:
         folder = self.run / "checkpoints" / stage
-        folder.mkdir(parents=True, exist_ok=True)
+        if distributed.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def test(self, net: nn.Module) -> dict[str, Any]:
         """Evaluate on the test split; wrong: the numbers of the examples it got wrong."""
         net.to(self.device)
         return _evaluation(self.task.evaluate(net, "test"))
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """The GPU of this process among those of its machine."""
+    if device.index is not None:
+        what = f"{device} is one GPU for {distributed.size()} processes"
+        raise ConfigError(what, "device", "set it to cuda: each process takes one of its own")
+    return torch.device("cuda", launched().local_rank)
 
 
 def resolve_align(config: Config) -> int:
@@ -396,8 +414,9 @@ def _write_optimizer(work: Work, state: Mapping[str, Mapping[str, Tensor]], plan
         for name, entry in carried.items()
         for key, value in entry.items()
     }
-    with files.whole(work.run / "optimizer.safetensors") as temporary:
-        save_file(tensors, str(temporary))
+    if distributed.is_main():
+        with files.whole(work.run / "optimizer.safetensors") as temporary:
+            save_file(tensors, str(temporary))
     return "optimizer.safetensors"
 
 
@@ -422,7 +441,8 @@ def finetune_stage(work: Work) -> Done:
     for node in net.graph.nodes:
         node.meta["source"] = ""  # what is handed over carries none of the model's code
     outputs = work.save(net, "dense")
-    outputs += [_write_program(work, net), work.write("finetune.json", document)]
+    if distributed.is_main():
+        outputs += [_write_program(work, net), work.write("finetune.json", document)]
     return Done(outputs, _figure(document["accuracy"]))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress import seeds
+from compress import distributed, seeds, shares
 from compress.data import Splits, open_data
 from compress.errors import ConfigError, DataError, ModelError
 from compress.names import first_line
@@ -54,6 +54,10 @@ class Task:
     arguments) where that is not one tensor of `model.input_shape`. test_batches(size): the test examples in
     batches of that size, in a fixed order; None where the task has none to give. few(n): what evaluates a
     model on at most n validation examples, which it reads once; None where the task cannot leave any out.
+
+    With several processes (see `compress.distributed`) train_batches gives whole batches in each of them, and
+    they are cut there; the loss is a mean over the examples. train_shares(epoch, start) gives a process its
+    share of the same batches without the rest. evaluate runs in each.
     """
 
     loss: Callable[[nn.Module, Batch], Tensor]
@@ -69,6 +73,7 @@ class Task:
     example: Any = None
     test_batches: Callable[[int], Iterator[Batch]] | None = None
     few: Callable[[int], Callable[[nn.Module], Evaluation]] | None = None
+    train_shares: Callable[[int, int], Iterator[shares.Share]] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
     model, ModelError (exit 4) when the model fails on them, or its loss is no finite scalar.
     """
     with seeds.isolated(), eval_mode(model):
-        batch = move(next(iter(task.train_batches(1, 0))), device_of(model))
+        batch = move(next(train_shares(task, 1, 0)).batch, device_of(model))
         if task.classes is not None:
             _check_classification(model, task, batch, tuple(input_shape))
         with torch.enable_grad(), _model_errors():
@@ -120,6 +125,20 @@ def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
             f"the loss of the first batch is {value}", task.name, "check data.mean, data.std and weights"
         )
     return value
+
+
+def train_shares(task: Task, epoch: int, start: int) -> Iterator[shares.Share]:
+    """This process's shares of the training batches: those that the task makes, else cut from whole ones.
+
+    Raises ConfigError (exit 3) where the first of the whole ones is not the same in all processes.
+    """
+    if distributed.size() > 1 and task.train_shares is not None:
+        yield from task.train_shares(epoch, start)
+        return
+    for number, batch in enumerate(task.train_batches(epoch, start)):
+        if number == 0:
+            shares.agree(batch)
+        yield shares.share(batch)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -138,15 +157,7 @@ def logits_of(output: Any) -> Tensor:
 
 def move(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it, at any depth of tuples, lists and dicts, on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: move(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(move(item, device) for item in value)
-    return value
+    return shares.mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -184,27 +195,41 @@ class _Classifying:
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Images]:
         """Batches of one size; what is left over at the end of an epoch's order is not used in that epoch."""
+        return self.train.source.batches(self._draws(epoch, start))
+
+    def train_shares(self, epoch: int, start: int = 0) -> Iterator[shares.Share]:
+        """This process's share of the same batches; only that is decoded."""
+        draws = self._draws(epoch, start)
+        own = [shares.shared(draw, len(draw.indices), lambda d, r: replace(d, rows=r)) for draw in draws]
+        found = self.train.source.batches([share.batch for share in own])
+        for share, batch in zip(own, found, strict=True):
+            yield replace(share, batch=batch)
+
+    def _draws(self, epoch: int, start: int) -> list[Draw]:
         order = torch.randperm(len(self.train.indices), generator=seeds.generator("order", self.seed, epoch))
         indices, size = self.train.indices[order], self.batch_size
-        draws = [
+        return [
             Draw(indices[i * size : (i + 1) * size], (self.seed, epoch, i) if self.augment else None)
             for i in range(start, self.batches_per_epoch)
         ]
-        return self.train.source.batches(draws)
 
     def evaluate(self, model: nn.Module, split: str) -> Evaluation:
+        """Whole batches, dealt to the processes in turn: the same batches as in one process."""
         if split not in self.held_out:
             raise ConfigError(f"unknown split {split!r}", "evaluate", f"one of {', '.join(self.held_out)}")
-        part, device = self.held_out[split], device_of(model)
-        total, correct = 0.0, []
+        part, device, size = self.held_out[split], device_of(model), self.batch_size
+        draws, n = list(part.draws(size)), len(part.indices)
+        own = range(distributed.rank(), len(draws), distributed.size())
+        losses, correct = torch.zeros(len(draws), dtype=torch.float64), torch.zeros(n, dtype=torch.uint8)
         with eval_mode(model), torch.no_grad():
-            for batch in part.source.batches(part.draws(self.batch_size)):
+            for i, batch in zip(own, part.source.batches([draws[i] for i in own]), strict=True):
                 images, labels = move(batch, device)
                 logits = logits_of(model(images))
-                total += float(functional.cross_entropy(logits.double(), labels, reduction="sum"))
-                correct.append((logits.argmax(1) == labels).cpu())
-        right = torch.cat(correct)
-        return Evaluation("top1", float(right.double().mean()), total / len(right), len(right), right)
+                losses[i] = functional.cross_entropy(logits.double(), labels, reduction="sum")
+                correct[i * size : (i + 1) * size] = logits.argmax(1) == labels
+        right = distributed.summed(correct).bool()
+        total = sum(distributed.summed(losses).tolist())
+        return Evaluation("top1", float(right.double().mean()), total / n, n, right)
 
     def few(self, n: int) -> Callable[[nn.Module], Evaluation]:
         """`evaluate` on n validation examples, drawn at random but always the same; they stay in memory."""
@@ -235,6 +260,7 @@ def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
         name=splits.name,
         test_batches=lambda size: test.source.batches(test.draws(size)),
         few=parts.few,
+        train_shares=parts.train_shares,
     )
 
 

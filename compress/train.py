@@ -17,16 +17,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from compress import checkpoint as disk
-from compress import seeds
+from compress import distributed, seeds, shares
 from compress.errors import DataError, Interrupted, ModelError, ResourceError
 from compress.objective import Objective, loss_of
 from compress.recalibration import Recalibration, recalibrate
-from compress.task import Batch, Task, move
+from compress.task import Task, move, train_shares
 
 if TYPE_CHECKING:
     from compress.config import TrainConfig
@@ -101,7 +102,8 @@ def train(
     ``checkpoint_seconds``, and when ``should_stop`` (asked before each step) says so. teacher: for
     ``config.distill``. optimizer_state: by parameter name, to start from. The caller's random generators
     are left as they were. With no epochs at all the model is only evaluated, and recalibrated if
-    ``config.recalibrate`` says so.
+    ``config.recalibrate`` says so. Of several processes the first writes and reports; all end with the same
+    weights.
 
     Raises Interrupted (exit 130) when stopped; DivergedError (exit 4) on a loss or weight that is not
     finite; ConfigError (exit 3) when the config asks for what the task or device cannot do; ResourceError
@@ -109,6 +111,7 @@ def train(
     """
     place = torch.device(device)
     model.to(place)
+    shares.spread(model, teacher)
     if config.epochs == 0:
         result = TrainResult((), 0, task.evaluate(model, "validation").value)
         return _recalibrated(result, model, task, config, seed, place, should_stop)
@@ -238,10 +241,11 @@ class _Run:
         with closing(self._batches()) as batches:
             while self.at.step < self.task.batches_per_epoch:
                 self.at.seconds = before + time.monotonic() - started
-                if self.should_stop():
+                if distributed.any_of(self.should_stop()):
                     self._stop()
                 self._step(self._next(batches))
-                if self.folder is not None and time.monotonic() - self.saved_at >= checkpoint_seconds:
+                due = self.folder is not None and time.monotonic() - self.saved_at >= checkpoint_seconds
+                if distributed.any_of(due and distributed.is_main()):
                     self.save()
         self._evaluate()
         self.at.history[-1] = replace(self.at.history[-1], seconds=before + time.monotonic() - started)
@@ -254,6 +258,8 @@ class _Run:
         tensors = disk.prefixed("model/", self.model.state_dict())
         if not all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point()):
             self._diverge("a weight")
+        if not distributed.is_main():
+            return
         if self.average is not None:
             tensors |= disk.prefixed("average/", self.average.state_dict())
         if self.at.best_epoch:
@@ -269,11 +275,11 @@ class _Run:
         disk.save(self.folder, disk.Snapshot(tensors, state))
         self.saved_at = time.monotonic()
 
-    def _batches(self) -> Generator[Batch, None, None]:
+    def _batches(self) -> Generator[shares.Share, None, None]:
         # A generator of our own, so that closing() ends the data loader's processes whatever the task gave.
-        yield from self.task.train_batches(self.at.epoch, self.at.step)
+        yield from train_shares(self.task, self.at.epoch, self.at.step)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[shares.Share]) -> shares.Share:
         # What the data draw from the global generators depends on the step alone, and does not move them.
         with seeds.isolated(seeds.derive(self.seed, "data", self.at.epoch, self.at.step), self.device):
             try:
@@ -284,32 +290,40 @@ class _Run:
                 fix = "train_batches must give batches_per_epoch batches"
                 raise DataError(what, self.task.name, fix) from None
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, share: shares.Share) -> None:
         steps = self.task.batches_per_epoch
-        lr = learning_rate(self.config, (self.at.epoch - 1) * steps + self.at.step, steps)
+        number = (self.at.epoch - 1) * steps + self.at.step
+        lr = learning_rate(self.config, number, steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self.objective(self.model, move(batch, self.device))
-        value = float(loss.detach())
+        shares.own_draws(self.seed, number, self.device)
+        with share.together():
+            loss = self.objective(self.model, move(share.batch, self.device))
+        value = share.mean(loss)
         if not math.isfinite(value):
             self._diverge(f"the loss ({value})")
         self.optimizer.zero_grad(set_to_none=True)
-        self.objective.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        share.backward(self.objective.scaler.scale(loss))
+        shares.reduce_gradients(self.model)  # before the scaler looks for overflow: all see the same
         self.objective.scaler.step(self.optimizer)
         self.objective.scaler.update()
+        shares.level_buffers(self.model)
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.at.step += 1
         self.at.loss_sum += value
-        message, self.message = self.message, ""
-        self.progress(Progress(self.at.epoch, self.config.epochs, self.at.step, steps, value, lr, message))
+        at, message, self.message = self.at, self.message, ""
+        if distributed.is_main():
+            self.progress(Progress(at.epoch, self.config.epochs, at.step, steps, value, lr, message))
 
     def _evaluate(self) -> None:
         at, steps = self.at, self.task.batches_per_epoch
         lr = learning_rate(self.config, at.epoch * steps - 1, steps)
         model = self.model if self.average is None else self.average.module
         with seeds.isolated(seeds.derive(self.seed, "validation", at.epoch), self.device):
-            found = self.task.evaluate(model, "validation")
+            measured = self.task.evaluate(model, "validation")
+        value, loss = distributed.from_main(np.array([measured.value, measured.loss])).tolist()
+        found = replace(measured, value=value, loss=loss)
         if not (math.isfinite(found.loss) and math.isfinite(found.value)):
             self._diverge(f"the validation loss ({found.loss})")
         at.history.append(Epoch(at.epoch, at.loss_sum / steps, found.value, found.loss, lr, 0.0))

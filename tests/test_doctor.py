@@ -49,7 +49,8 @@ def test_everything_here_is_found(tmp_path: Path) -> None:
     named = {check.name: check for check in checks}
     assert named["numpy"] == Check("required", "numpy", "ok", importlib.metadata.version("numpy"))
     assert named["onnxruntime"].status == "ok"
-    assert {"cpu", "threads", "memory", "disk"} <= named.keys()
+    assert {"cpu", "threads", "processes", "memory", "disk"} <= named.keys()
+    assert named["processes"].detail.startswith("torchrun shares the training: ")
     assert doctor.exit_code(checks) == 0
     assert doctor.as_dict(checks)["ready"] is True
     for check in checks:

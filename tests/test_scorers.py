@@ -18,6 +18,7 @@ from compress.channelmap import ChannelMap, channel_map
 from compress.errors import ConfigError, Interrupted
 from compress.gated import Gated
 from compress.scorers import Logits
+from compress.shares import Share
 from compress.task import CrossEntropy
 from compress.trace import GraphNet, trace
 from compress.zoo import cifar_resnet
@@ -103,7 +104,7 @@ def test_scoring_moves_nothing() -> None:
     gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
     net.load_state_dict(before)
     scorer = Logits(net, cmap)
-    scorer.accumulate(net, batch)
+    scorer.accumulate(net, Share(batch))
     scores = scorer.scores()
     assert net.training
     assert scores.shape == (cmap.units,)
@@ -117,7 +118,7 @@ def test_what_left_scores_nothing() -> None:
     keep = np.arange(cmap.units) % 3 > 0
     compress.surgery.mask(net, cmap, keep)
     scorer = Logits(net, cmap)
-    scorer.accumulate(net, batch)
+    scorer.accumulate(net, Share(batch))
     scores = scorer.scores()
     assert float(np.abs(scores[~keep]).max()) == 0
     assert float(scores[keep].min()) > 0
