@@ -26,7 +26,7 @@ from compress.errors import ConfigError, DataError, Interrupted
 from compress.inspection import choices
 from compress.schema import DataConfig, PruneConfig, TrainConfig
 from compress.sources import TensorSource
-from compress.task import Task, _classification
+from compress.task import CrossEntropy, Task, _classification
 from compress.trace import trace
 from compress.train import train
 
@@ -93,14 +93,14 @@ def batch_norm_graph(folder: Path) -> Found:
     return batch_norm(folder, traced=True)
 
 
-def prune(folder: Path) -> Found:
+def prune(folder: Path, loss: Any = loss, **own: Any) -> Found:
     """compress.prune on batches of five, one of a single example, with a frozen layer that is scored."""
     model: Any = Net(differing())
     model.conv2.weight.requires_grad_(False)
     model.bn3 = nn.Identity()  # it could make nothing of a single example
     batches = [examples(5, seed) for seed in range(7)] + [examples(1, 9)]
     seen: list[int] = []
-    options = {"macs_ratio": 0.5, "minibatches_per_step": 4, "units_per_step": 2, "lr": 0.02}
+    options = {"macs_ratio": 0.5, "minibatches_per_step": 4, "units_per_step": 2, "lr": 0.02} | own
     dense, result = compress.prune(
         model, examples(2, 0)[0], batches, loss, evaluate=lambda net: float(distributed.rank()),
         progress=lambda step, target: seen.append(step.step), **options,
@@ -108,6 +108,11 @@ def prune(folder: Path) -> Found:
     facts = {"plan": text(repr(result.plan.to_json())), "seen": torch.tensor(len(seen))}
     facts["measured"] = torch.tensor([s.accuracy for s in result.history if s.accuracy is not None])
     return facts | {f"dense/{n}": t.clone() for n, t in dense.state_dict().items()}
+
+
+def prune_by_logits(folder: Path) -> Found:
+    """Its scores are of examples, not of gradients that are summed anyway."""
+    return prune(folder, CrossEntropy(), criterion="logits")
 
 
 def classify(folder: Path) -> Found:
@@ -239,8 +244,8 @@ def norms_of_instances(folder: Path) -> Found:
 JOBS: dict[str, Callable[[Path], Found]] = {
     job.__name__: job
     for job in (
-        batch_norm, batch_norm_graph, prune, classify, resumed_training, resumed_pruning, own_measure,
-        gradients, lists, norms_of_instances,
+        batch_norm, batch_norm_graph, prune, prune_by_logits, classify, resumed_training, resumed_pruning,
+        own_measure, gradients, lists, norms_of_instances,
     )
 }  # fmt: skip
 

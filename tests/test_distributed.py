@@ -98,9 +98,10 @@ def test_without_it_the_statistics_are_of_the_share(monkeypatch: pytest.MonkeyPa
     assert difference(runs["batch_norm"][0], {k: v.detach() for k, v in found.items()}) > 1e-2
 
 
-def test_two_processes_prune_what_one_prunes(runs: Runs) -> None:
+@pytest.mark.parametrize("job", ["prune", "prune_by_logits"])
+def test_two_processes_prune_what_one_prunes(runs: Runs, job: str) -> None:
     """Batches of five and of one, a frozen layer that is scored, weights that began different."""
-    alone, first, second = runs["prune"]
+    alone, first, second = runs[job]
     assert torch.equal(alone["plan"], first["plan"])
     own = [{k: v for k, v in found.items() if k.startswith("dense/")} for found in (alone, first, second)]
     assert equal(own[1], own[2])
