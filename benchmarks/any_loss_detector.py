@@ -174,7 +174,7 @@ def job(quick: bool) -> tuple[Job, float]:
         measure="map_50",
         larger_is_better=True,
         prune={"macs_ratio": 0.5, "minibatches_per_step": 1 if quick else 8, "lr": 0.001}
-        | {"rank": "importance_per_mac"}
+        | {"rank": "importance_per_cost"}
         | ({"units_per_step": 20} if quick else {}),
         finetune_epochs=1 if quick else 4,
         finetune_lr=2e-3,

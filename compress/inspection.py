@@ -170,8 +170,8 @@ def choices(config: PruneConfig, cmap: ChannelMap, align: int) -> Space:
     """The widths, target and ranking that the `prune` section of a config asks for."""
     given = [(kind, getattr(config, f"{kind}_ratio")) for kind in ("macs", "params", "units")]
     target = next(Target(kind, ratio) for kind, ratio in given if ratio is not None)  # the schema sees to one
-    per_mac = config.rank == "importance_per_mac"
-    return space(cmap, target, align=align, min_keep=config.min_keep, per_mac=per_mac)
+    per_cost = config.rank == "importance_per_cost"
+    return space(cmap, target, align=align, min_keep=config.min_keep, per_cost=per_cost)
 
 
 def inexact_because(cmap: ChannelMap) -> str:

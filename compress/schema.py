@@ -186,8 +186,9 @@ class PruneConfig(Section):
         default="auto", description="channels kept: multiples of this; auto: by bench.target"
     )
     min_keep: Fraction = Field(default=0.1, description="least share of each layer's channels that stays")
-    rank: Literal["importance", "importance_per_mac"] = Field(
-        default="importance", description="or importance_per_mac"
+    rank: Literal["importance", "importance_per_cost"] = Field(
+        default="importance_per_cost",
+        description="per what the ratio counts that it saves, or importance alone",
     )
     keep: list[Annotated[Name, AfterValidator(_pattern)]] = Field(
         default_factory=list, description='parameters not to prune: names, or "re:PATTERN"'

@@ -49,11 +49,11 @@ class Space:
     cost: CostModel
     levels: tuple[np.ndarray, ...]
     target: Target
-    per_mac: bool = False
+    per_cost: bool = True
 
 
 def space(
-    cmap: ChannelMap, target: Target, *, align: int = 1, min_keep: float = 0.1, per_mac: bool = False
+    cmap: ChannelMap, target: Target, *, align: int = 1, min_keep: float = 0.1, per_cost: bool = True
 ) -> Space:
     """All widths a pruning may end at.
 
@@ -75,7 +75,7 @@ def space(
             f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least",
             fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or shorten prune.keep",
         )
-    return Space(cmap, model, levels, target, per_mac)
+    return Space(cmap, model, levels, target, per_cost)
 
 
 def widths(units: int, align: int, multiplicity: int, min_keep: float) -> np.ndarray:
@@ -148,14 +148,13 @@ def _ascending(scores: np.ndarray, keep: np.ndarray, cmap: ChannelMap) -> list[n
 
 
 def _moves(scores: np.ndarray, counts: np.ndarray, order: list[np.ndarray], where: Space) -> list[_Move]:
-    """The next narrower width of every class, with its price per unit or per MAC saved."""
+    """The next narrower width of every class, with its price per unit or per share of the target saved."""
     below = [levels[levels < n] for levels, n in zip(where.levels, counts, strict=True)]
     by = np.array([n - b[-1] if b.size else 0 for b, n in zip(below, counts, strict=True)])
     ratios = where.cost.ratios(where.target.kind, counts, by)
     price_of = np.maximum(by, 1).astype(float)
-    if where.per_mac:
-        saved = where.cost.macs.total(counts) - where.cost.macs.narrowed(counts, by)
-        price_of = np.maximum(saved, 1.0)
+    if where.per_cost:
+        price_of = np.maximum(where.cost.ratio(where.target.kind, counts) - ratios, 1e-12)
     found = []
     for group in np.flatnonzero(by):
         loss = float(scores[order[group][: by[group]]].sum())

@@ -88,7 +88,7 @@ DEFAULTS: dict[str, Any] = {
         "ema": 0.9,
         "align": "auto",
         "min_keep": 0.1,
-        "rank": "importance",
+        "rank": "importance_per_cost",
         "keep": [],
         "attention": "heads",
         "grouped_convs": "auto",

@@ -43,7 +43,7 @@ def test_the_papers_loop_by_number() -> None:
     config = loads(BASE + "recipe: molchanov2019\nprune: {macs_ratio: 0.55}\n")
     assert config.prune == PruneConfig(
         macs_ratio=0.55, criterion="taylor", minibatches_per_step=30, units_per_step=100, lr=1e-3,
-        momentum=0.9, weight_decay=0.0, ema=0.9, align=1, min_keep=0.0,
+        momentum=0.9, weight_decay=0.0, ema=0.9, align=1, min_keep=0.0, rank="importance",
     )  # fmt: skip
     assert config.finetune == TrainConfig(
         epochs=25, lr=1e-3, momentum=0.9, weight_decay=0.0, schedule="step", step_epochs=10, amp="off"

@@ -50,11 +50,11 @@ class TestProperties:
     @settings(max_examples=60, deadline=None)
     @given(maps, kinds, st.floats(0.3, 0.95), st.integers(0, 99), st.sampled_from([1, 4, 8]), st.booleans())
     def test_reaches_the_target_with_allowed_widths(
-        self, source: object, kind: str, ratio: float, seed: int, align: int, per_mac: bool
+        self, source: object, kind: str, ratio: float, seed: int, align: int, per_cost: bool
     ) -> None:
         cmap = source()  # type: ignore[operator]
         try:
-            where, found = chosen(cmap, Target(kind, ratio), seed, align=align, per_mac=per_mac)
+            where, found = chosen(cmap, Target(kind, ratio), seed, align=align, per_cost=per_cost)
         except ModelError:  # its text is tested below
             reject()
         counts = class_counts(cmap, found.keep)
@@ -126,13 +126,30 @@ class TestChoice:
         found = remove(scores, all_of(cmap), space(cmap, Target("units", 28.5 / 34)))
         assert np.flatnonzero(~found.keep).tolist() == list(range(6))
 
-    def test_ranked_per_mac(self) -> None:
+    def test_ranked_per_what_the_target_counts(self) -> None:
         cmap = mlp_map()
-        # A unit of the second layer saves 24 + 3 MACs, one of the first 4 + 10.
-        where = space(cmap, Target("macs", 0.95), per_mac=True)
-        found = remove(np.ones(cmap.units), all_of(cmap), where)
-        assert found.keep[:24].all()
-        assert not found.keep[24:].all()
+        # A unit of the first layer saves 4 + 10 MACs and 4 + 1 + 10 parameters, one of the second 24 + 3 and
+        # 24 + 1 + 3: of equal ones the second's leave, and the first's where they matter half as much.
+        for kind in ("macs", "params"):
+            where = space(cmap, Target(kind, 0.95))
+            found = remove(np.ones(cmap.units), all_of(cmap), where)
+            assert found.keep[:24].all()
+            assert not found.keep[24:].all()
+            scores = np.where(np.arange(cmap.units) < 24, 0.5, 1.0)
+            assert not remove(scores, all_of(cmap), where).keep[:24].all()
+            plain = space(cmap, Target(kind, 0.95), per_cost=False)
+            scores = np.where(np.arange(cmap.units) < 24, 0.9, 1.0)
+            assert remove(scores, all_of(cmap), plain).keep[24:].all()
+            assert remove(scores, all_of(cmap), where).keep[:24].all()
+
+    def test_units_cost_the_same(self) -> None:
+        cmap = mlp_map()
+        for seed in range(5):
+            scores, target = scores_of(cmap, seed), Target("units", 0.5)
+            found = [
+                remove(scores, all_of(cmap), space(cmap, target, per_cost=c)).keep for c in (False, True)
+            ]
+            assert np.array_equal(*found)
 
     def test_the_given_mask_is_left(self) -> None:
         cmap = mlp_map()
