@@ -26,7 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import accuracy_job as job
 from benchmarks.common import RESULTS, data_folder, note, write
 
-OURS = ("taylor", "logits", "magnitude", "random")
+OURS: dict[str, dict[str, Any]] = {
+    "taylor": {},
+    "logits": {"criterion": "logits"},
+    "taylor, rank importance": {"rank": "importance"},
+    "logits, rank importance": {"criterion": "logits", "rank": "importance"},
+    "magnitude": {"criterion": "magnitude"},
+    "random": {"criterion": "random"},
+}
 PEER = ("taylor", "magnitude")
 WEIGHTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
 PEER_NAME = "torch-pruning 1.6.1"
@@ -50,12 +57,12 @@ def trajectory(net: Any, data: job.Data, criterion: str, seed: int) -> Iterator[
             lambda epoch, first=100 * number: data.epoch(first + epoch),
             CrossEntropy(),
             macs_ratio=point * full / job.macs(net),
-            criterion=criterion,
             minibatches_per_step=job.MINIBATCHES,
             units_per_step=round(job.STEP_SHARE * units),
             min_keep=job.MIN_KEEP,
             seed=seed,
             **job.PRUNE,
+            **OURS[criterion],
         )
         yield point, net
 
@@ -110,7 +117,7 @@ def _spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _ahead(point: dict[str, Any]) -> bool:
     """Every seed of our default criterion lies above every seed of the peer's criteria."""
     peers = [value["high"] for name, value in point.items() if not name.startswith("compress")]
-    return bool(peers) and "compress logits" in point and point["compress logits"]["low"] > max(peers)
+    return bool(peers) and "compress taylor" in point and point["compress taylor"]["low"] > max(peers)
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ DOCS = RESULTS.parent.parent / "docs"
 COLOURS = {
     "compress taylor": "C0",
     "compress logits": "C3",
+    "compress taylor, rank importance": "C5",
+    "compress logits, rank importance": "C6",
     "compress magnitude": "C2",
     "compress random": "0.6",
     "torch-pruning 1.6.1 taylor": "C1",
