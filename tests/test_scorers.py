@@ -144,8 +144,9 @@ def test_a_run_by_logits_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     overrides = ["prune.criterion=logits"]
     start(tmp_path / "whole", overrides, until="prune")
-    with pytest.raises(Interrupted):
-        start(tmp_path / "halves", overrides, until="prune", should_stop=stop_after(66))
+    start(tmp_path / "halves", overrides, until="train")
+    with pytest.raises(Interrupted, match="stopped after removal 2"):
+        start(tmp_path / "halves", overrides, until="prune", should_stop=stop_after(3))
     assert not (tmp_path / "halves/run/prune.json").exists()
     start(tmp_path / "halves", overrides, until="prune")
     written = files.read_json(tmp_path / "whole/run/prune.json")
