@@ -99,12 +99,13 @@ def test_a_changed_gate_repeats_only_the_report(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "calls", [5, 65, pytest.param(1, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)]
+    "calls", [5, 58, pytest.param(1, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)]
 )
 def test_stopped_and_resumed_ends_with_the_same_bytes(finished: Path, tmp_path: Path, calls: int) -> None:
     with pytest.raises(Interrupted) as stopped:
         start(tmp_path, should_stop=stop_after(calls))
     assert stopped.value.exit_code == 130
+    assert calls != 58 or "stopped after removal" in str(stopped.value)
     start(tmp_path, until="export")
     assert hashes(tmp_path) == hashes(finished)
 
