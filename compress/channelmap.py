@@ -59,6 +59,10 @@ class ChannelMap:
     shapes: dict[str, tuple[int, ...]]
     parameters: frozenset[str]
 
+    def members(self) -> list[np.ndarray]:
+        """The units of each class, ascending."""
+        return [np.flatnonzero(self.classes == c) for c in range(int(self.classes.max(initial=-1)) + 1)]
+
 
 def channel_map(
     traced: Traced,

@@ -21,7 +21,8 @@ from compress.errors import ModelError
 from compress.folding import from_parameters, upstream
 from compress.importance import Side
 from compress.labels import core, short_name, varying
-from compress.trace import GraphNet, get_tensor
+from compress.ports import behind
+from compress.trace import GraphNet, get_tensor, placeholders
 
 
 class Gated(nn.Module):
@@ -99,9 +100,9 @@ class Replay:
     def __init__(self, gated: Gated, inputs: Tensor) -> None:
         self.graph, self.net, self.count = gated.net.graph, gated.net, len(inputs)
         self.structure = gated.structure
-        gates, given = [n for n in self.graph.nodes if n.op == "placeholder"]
+        gates, given = placeholders(self.net)
         ones = torch.ones((len(inputs), gated.units), dtype=inputs.dtype, device=inputs.device)
-        self.gates, self.moving = gates, self._behind({given, gates})
+        self.gates, self.moving = gates, behind(self.graph, [given, gates])
         self.known: dict[fx.Node, Any] = {gates: ones, given: inputs}
         self.result = self._run([n for n in self.graph.nodes if n not in self.known], self.known, 1)
         self.products = {
@@ -116,16 +117,8 @@ class Replay:
         gates = self.known[self.gates].repeat(k, 1).reshape(k, self.count, -1)
         gates[torch.arange(k)[:, None], :, sets] = 0
         first = {node for node, own in self.products.items() if own & off}
-        again = self._behind(first)
+        again = behind(self.graph, first)
         return self._run([n for n in self.graph.nodes if n in again], {self.gates: gates.flatten(0, 1)}, k)
-
-    def _behind(self, first: set[fx.Node]) -> set[fx.Node]:
-        """These nodes and all that depend on them."""
-        found = set(first)
-        for node in self.graph.nodes:
-            if found & set(node.all_input_nodes):
-                found.add(node)
-        return found
 
     def _run(self, nodes: list[fx.Node], values: dict[fx.Node, Any], k: int) -> Any:
         """Compute these nodes; what is not in `values` is as it was, k times where it has the batch."""

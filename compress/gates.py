@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from compress.labels import short_name
+from compress.ports import behind
 from compress.product_rules import GATE, letters
 from compress.rounds import shapes
-from compress.trace import GraphNet, Traced
+from compress.trace import GraphNet, Traced, placeholders
 
 PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum")
 
@@ -31,7 +32,7 @@ def with_gates(traced: Traced) -> Traced:
     graph = copy.deepcopy(traced.net.graph)
     net = GraphNet(traced.net, graph)
     net.eval()
-    moving = _from_inputs(graph)
+    moving = behind(graph, placeholders(net))
     for node in [n for n in graph.nodes if n.op == "call_function" and short_name(n) in PRODUCTS]:
         first, second, dim = _summed(node, known)
         if first in moving and second in moving and dim is not None:
@@ -40,15 +41,6 @@ def with_gates(traced: Traced) -> Traced:
             )
     net.recompile()
     return replace(traced, net=net)
-
-
-def _from_inputs(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values depend on an input of the model."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or found & set(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _summed(node: fx.Node, known: dict[str, tuple[int, ...]]) -> tuple[fx.Node, Any, int | None]:

@@ -152,10 +152,11 @@ class Taylor(Average):
         """Raises ModelError (exit 4) where a unit has no weight that writes it, and side is "write"."""
         super().__init__(ema)
         self.cmap, self.gates = cmap, read_gates if side == "read" else write_gates
-        written = {unit for units in _members(cmap).values() for unit in units.tolist()}
-        lost = cmap.units - len(written - {-1})
-        if side == "write" and lost:
-            raise ModelError(f"no weight writes {lost} of {cmap.units} units", "prune.gates", "use read")
+        if side == "write":
+            written = {unit for units in _members(cmap).values() for unit in units.tolist()}
+            lost = cmap.units - len(written - {-1})
+            if lost:
+                raise ModelError(f"no weight writes {lost} of {cmap.units} units", "prune.gates", "use read")
 
     def accumulate(self, net: nn.Module, share: Any = None) -> None:
         """Take the gradients of one minibatch; call between `backward()` and `zero_grad()`."""

@@ -243,7 +243,7 @@ def couplings(cmap: ChannelMap) -> list[dict[str, Any]]:
 
 def written_by(cmap: ChannelMap) -> list[list[str]]:
     """The layers that write each class of units, in the order of the graph."""
-    found: list[dict[str, None]] = [{} for _ in range(int(cmap.classes.max(initial=-1)) + 1)]
+    found: list[dict[str, None]] = [{} for _ in cmap.members()]
     for writer in cmap.writers:
         units = cmap.axes.get(writer.weight, np.empty(0, dtype=int))
         for group in np.unique(cmap.classes[units[units >= 0]]):

@@ -152,7 +152,7 @@ class _Run:
         self.optimizer = torch.optim.SGD(
             self.parameters.values(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        self.scorer = scorer(config, net, cmap, task, ema=config.ema, seed=seed)
+        self.scorer = scorer(config, net, cmap, task, seed=seed)
         self.count = config.units_per_step or math.ceil(STEP_SHARE * cmap.units)
         self.columns = {name: get_tensor(net, name).detach().clone() for name, _ in cmap.reads}
         self.state = _State()

@@ -23,7 +23,7 @@ from compress.part_trace import Arguments, Parts, arguments, buffers_kept, hooks
 from compress.ports import Port, split
 from compress.proof import Verification, verify
 from compress.task import CrossEntropy, Evaluation, Task
-from compress.trace import GraphNet, frozen_modules, get_tensor, put_tensor
+from compress.trace import GraphNet, frozen_modules, get_tensor, placeholders, put_tensor
 
 
 class Whole:
@@ -221,5 +221,4 @@ __all__ = ["Arguments", "Parts", "Whole", "arguments", "trace_parts"]
 
 def _maps_one_to_one(net: GraphNet) -> bool:
     """Whether a traced net takes one tensor and gives one."""
-    given = [node for node in net.graph.nodes if node.op == "placeholder"]
-    return len(given) == 1 and len(tree_leaves(net.graph.output_node().args)) == 1
+    return len(placeholders(net)) == 1 and len(tree_leaves(net.graph.output_node().args)) == 1

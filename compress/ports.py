@@ -152,6 +152,15 @@ def before(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def behind(graph: fx.Graph, first: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and all that is computed from them."""
+    found = set(first)
+    for node in graph.nodes:
+        if found & set(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def _effects(net: GraphNet, port: Port, inputs: Sequence[fx.Node]) -> list[fx.Node]:
     """The part's nodes that write into a tensor, such as a counter among the buffers."""
 

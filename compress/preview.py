@@ -40,9 +40,7 @@ def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
 
 def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     config, task = work.config, work.task
-    check(traced.net, task, config.model.input_shape)
-    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
-    traced, cmap = labelled(traced, kept, config.prune)
+    traced, cmap = _checked(work, traced)
     where = choices(config.prune, cmap, work.align)
     scores = _scores(traced.net, cmap, task, config, work.events)
     chosen = remove(scores, np.ones(cmap.units, dtype=bool), where)
@@ -78,9 +76,7 @@ def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int
         what = "takes classifiers that are traced whole, with labelled test images"
         fix = "in Python compress.study.study takes any labelled batches"
         raise ConfigError(f"a study {what}", "study", fix)
-    traced = traced or work.built.traced
-    check(traced.net, task, config.model.input_shape)
-    traced, cmap = labelled(traced, kept_names(traced.net, config.model, config.prune.keep), config.prune)
+    traced, cmap = _checked(work, traced or work.built.traced)
     units = None
     if limit is not None and limit < cmap.units:
         units = np.random.default_rng(config.seed).choice(cmap.units, limit, replace=False)
@@ -118,9 +114,7 @@ def sensitivity(work: Work, traced: Traced | None, images: int) -> dict[str, Any
 def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
     config, task = work.config, work.task
     traced.net.to(work.device)
-    check(traced.net, task, config.model.input_shape)
-    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
-    traced, cmap = labelled(traced, kept, config.prune)
+    traced, cmap = _checked(work, traced)
     if cmap.units == 0:
         fix = "compress inspect lists what stays, and why"
         raise ModelError("the model has no prunable unit", config.model.name, fix)
@@ -151,9 +145,17 @@ def _sensitivity(work: Work, traced: Traced, images: int) -> dict[str, Any]:
     }
 
 
+def _checked(work: Work, traced: Traced) -> tuple[Traced, ChannelMap]:
+    """The model with its labels, after one batch has gone through it."""
+    config = work.config
+    check(traced.net, work.task, config.model.input_shape)
+    kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
+    return labelled(traced, kept, config.prune)
+
+
 def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events: Events) -> np.ndarray:
     """Importance of the model as it stands: eval mode, no step is taken."""
-    found = scorer(config.prune, net, cmap, task, ema=0.0, seed=config.seed)
+    found = scorer(config.prune, net, cmap, task, seed=config.seed)
     minibatches = 0 if config.prune.criterion in OF_WEIGHTS else config.prune.minibatches_per_step
     for number, batch in enumerate(islice(task.train_batches(1, 0), minibatches), start=1):
         net.zero_grad(set_to_none=True)

@@ -17,21 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from compress import distributed, seeds
 from compress.errors import DataError, Interrupted
+from compress.norm_calls import NormCalls
 from compress.task import Batch, Evaluation, Task, move
-
-_RUNNING, _REST = ("running_mean", "running_var"), ("training", "momentum", "eps")
-_OP = ("input", "weight", "bias", *_RUNNING, *_REST, "cudnn_enabled")
-_ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    torch.ops.aten.batch_norm.default: _OP,
-    torch.batch_norm: _OP,
-    functional.batch_norm: ("input", *_RUNNING, "weight", "bias", *_REST),
-}
-"""Names of the positional arguments of what graphs and modules call."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +52,16 @@ class _Statistics:
         self.var.copy_(self.var_sum / self.uses)
 
 
-class _Watch(TorchFunctionMode):
-    """Inside, batch norms in train mode leave their running statistics alone and tell their minibatch's.
-
-    This is where a norm in a graph (a function with its momentum as a literal) and one in a module meet.
-    """
+class _Watch(NormCalls):
+    """Inside, batch norms in train mode leave their running statistics alone and tell their minibatch's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[int, _Statistics] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _ARGUMENTS:
-            return func(*args, **(kwargs or {}))
-        given = dict(zip(_ARGUMENTS[func], args, strict=False)) | (kwargs or {})
+    def normed(self, func: Any, given: dict[str, Any]) -> Any:
         mean, var = given.get("running_mean"), given.get("running_var")
-        if not given.get("training") or mean is None or var is None:
+        if mean is None or var is None:
             return func(**given)
         own = {"running_mean": torch.zeros_like(mean), "running_var": torch.zeros_like(var)}
         result = func(**{**given, **own, "momentum": 1.0})  # all of the minibatch, nothing of before

@@ -64,9 +64,7 @@ class _OfWeights:
         pass
 
 
-def scorer(
-    config: PruneConfig, net: GraphNet, cmap: ChannelMap, task: Task, *, ema: float, seed: int
-) -> Scorer:
+def scorer(config: PruneConfig, net: GraphNet, cmap: ChannelMap, task: Task, *, seed: int) -> Scorer:
     """The scorer of the config's criterion.
 
     Raises ConfigError (exit 3) where it does not go with the task, ModelError (exit 4) where the model has
@@ -78,10 +76,10 @@ def scorer(
     if name == "random":
         return _OfWeights(lambda: random(cmap, seed))
     if name == "taylor":
-        return Taylor(cmap, ema, config.gates)
+        return Taylor(cmap, config.ema, config.gates)
     if not isinstance(task.loss, CrossEntropy):
         what = (
             f"logits needs a classifier traced whole and its cross-entropy, and {task.name} has another loss"
         )
         raise ConfigError(what, "prune.criterion", "use taylor, which takes any loss")
-    return Logits(net, cmap, ema, config.gates)
+    return Logits(net, cmap, config.ema, config.gates)

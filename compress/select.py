@@ -67,8 +67,7 @@ def space(
             fix="every channel is pinned: `compress inspect` lists why, by op and source line",
         )
     model = cost_model(cmap)
-    members = [np.flatnonzero(cmap.classes == c) for c in range(len(model.full))]
-    levels = tuple(widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in members)
+    levels = tuple(widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in cmap.members())
     least = model.ratio(target.kind, np.array([level[0] for level in levels]))
     if least > target.ratio:
         raise ModelError(
@@ -142,9 +141,8 @@ def _after(counts: np.ndarray, move: _Move) -> np.ndarray:
 
 def _ascending(scores: np.ndarray, keep: np.ndarray, cmap: ChannelMap) -> list[np.ndarray]:
     """Kept units of each class, least important first (ties by position)."""
-    classes = int(cmap.classes.max(initial=-1)) + 1
-    members = [np.flatnonzero(keep & (cmap.classes == c)) for c in range(classes)]
-    return [m[np.argsort(scores[m], kind="stable")] for m in members]
+    kept = [own[keep[own]] for own in cmap.members()]
+    return [m[np.argsort(scores[m], kind="stable")] for m in kept]
 
 
 def _moves(scores: np.ndarray, counts: np.ndarray, order: list[np.ndarray], where: Space) -> list[_Move]:

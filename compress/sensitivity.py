@@ -64,7 +64,7 @@ def sensitivity(
     `evaluate` raises.
     """
     full = evaluate(net)
-    members = [np.flatnonzero(cmap.classes == c) for c in range(int(cmap.classes.max(initial=-1)) + 1)]
+    members = cmap.members()
     widths = [[max(1, round(share * len(own))) for share in shares] for own in members]
     total = sum(len(set(kept) - {len(own)}) for kept, own in zip(widths, members, strict=True))
     names, model, done, found = written_by(cmap), cost_model(cmap), 0, []

@@ -1,7 +1,6 @@
 """Batch norm over a minibatch that lies in several processes.
 
-Traced graphs call batch norm as an op, and nn.SyncBatchNorm is a module. So calls of it in train mode, by
-graphs and by modules alike, are caught on their way to torch (`Together`).
+nn.SyncBatchNorm is a module, and traced graphs call an op: so the calls of both are caught (`Together`).
 """
 
 from __future__ import annotations
@@ -13,44 +12,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from compress.distributed import answering, size
+from compress.norm_calls import NormCalls
 
-_OPS = (torch.batch_norm, torch.ops.aten.batch_norm.default)
 
-
-class Together(TorchFunctionMode):
+class Together(NormCalls):
     """Inside, batch norms in train mode take the statistics of all processes' examples."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.batch_norm:
-            return _functional(*args, **kwargs)
-        if func in _OPS:
-            return _op(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _functional(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Tensor:  # fmt: skip
-    """With the arguments of torch.nn.functional.batch_norm."""
-    return _op(input, weight, bias, running_mean, running_var, training, momentum, eps, True)
-
-
-def _op(
-    input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
-    momentum: float, eps: float, cudnn_enabled: bool,
-) -> Tensor:  # fmt: skip
-    """With the arguments of aten.batch_norm."""
-    if not training:
-        return torch.batch_norm(
-            input, weight, bias, running_mean, running_var, False, momentum, eps, cudnn_enabled
+    def normed(self, func: Any, given: dict[str, Any]) -> Any:
+        return batch_norm(
+            given["input"],
+            given.get("weight"),
+            given.get("bias"),
+            given.get("running_mean"),
+            given.get("running_var"),
+            given.get("momentum", 0.1),
+            given.get("eps", 1e-5),
         )
-    return batch_norm(input, weight, bias, running_mean, running_var, momentum, eps)
 
 
 def batch_norm(
