@@ -7,7 +7,7 @@ import inspect
 import math
 import urllib.error
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,15 +19,16 @@ from compress import seeds
 from compress.errors import DataError
 from compress.names import OBJECT_NAME, call_user, first_line, load_object, nearest
 from compress.sources import (
+    IMAGENET,
     Normalise,
     SampleSource,
     Shape,
     Source,
     TensorSource,
+    check_augment,
     check_shape,
     cover,
     known_labels,
-    whole_pictures,
 )
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ class Splits:
 
 class Reading(NamedTuple):
     """How pictures are read. resize: pixels of the shorter side before the centre is cut out to evaluate;
-    None: as few as do. workers: processes. augment: as `SampleSource` takes it."""
+    None: as few as do. workers: processes. whole: are they cropped while they have their own size?"""
 
     resize: int | None
     workers: int
-    augment: str
+    whole: bool
 
 
 def open_data(config: DataConfig, input_shape: Sequence[int], folder: Path) -> Any:
@@ -68,9 +69,14 @@ def open_data(config: DataConfig, input_shape: Sequence[int], folder: Path) -> A
     config's. Raises DataError (exit 3) when the data are unknown, missing, damaged, or of another shape.
     """
     found = _opened(config, input_shape, folder)
-    if config.augment == "imagenet" and isinstance(found, Splits) and isinstance(found.train, TensorSource):
-        raise whole_pictures("these are tensors")
-    return found
+    if not isinstance(found, Splits) or config.augment == "none":
+        return found
+    train = found.train
+    if isinstance(train, TensorSource):
+        check_augment(config.augment, train.images.dtype, "these are tensors")
+    if isinstance(train, TensorSource | SampleSource):
+        train = replace(train, augment=config.augment)
+    return replace(found, train=train)
 
 
 def _opened(config: DataConfig, input_shape: Sequence[int], folder: Path) -> Any:
@@ -156,7 +162,8 @@ def _torchvision(config: DataConfig, name: str, shape: Shape, folder: Path, norm
     parts = _both_splits(known[name])
     opened = [_open(known[name], folder / config.root, part | kwargs) for part in parts]
     sources = [
-        _in_memory(d, shape, normalise, reading) or SampleSource(d, shape, normalise, *reading)
+        _in_memory(d, shape, normalise, reading)
+        or SampleSource(d, shape, normalise, reading.resize, reading.workers)
         for d in opened
     ]
     names = getattr(opened[0], "classes", None)
@@ -197,7 +204,7 @@ def _open(kind: Callable[..., Any], root: Path, kwargs: dict[str, Any]) -> Any:
 def _in_memory(dataset: Any, shape: Shape, normalise: Normalise, reading: Reading) -> TensorSource | None:
     """The data set as tensors when it is an array of bytes that fits; None to read it example by example."""
     data, labels = getattr(dataset, "data", None), known_labels(dataset)
-    if not isinstance(data, (np.ndarray, Tensor)) or labels is None or reading.augment == "imagenet":
+    if not isinstance(data, (np.ndarray, Tensor)) or labels is None or reading.whole:
         return None
     images = torch.as_tensor(data)
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
@@ -234,7 +241,9 @@ def _image_folder(config: DataConfig, root: Path, shape: Shape, normalise: Norma
             odd = sorted(set(dataset.classes) ^ set(opened["train"].classes))[0]
             what = f"class {odd!r} is not in both {part}/ and train/"
             raise DataError(what, str(root), "every split needs the same class folders")
-    sources = {part: SampleSource(d, shape, normalise, *reading) for part, d in opened.items()}
+    sources = {
+        part: SampleSource(d, shape, normalise, reading.resize, reading.workers) for part, d in opened.items()
+    }
     test = sources.get("test", sources.get("val"))
     validation = sources["val"] if len(present) == 3 else None
     assert test is not None  # two of three are there, and train is one
@@ -280,7 +289,7 @@ def _user_source(given: Any, where: str, shape: Shape, normalise: Normalise, rea
     if hasattr(given, "__getitem__") and isinstance(given, Sized):
         if len(given) == 0:
             raise DataError("no examples", where)
-        return SampleSource(given, shape, normalise, *reading)
+        return SampleSource(given, shape, normalise, reading.resize, reading.workers)
     fix = "give (images, labels) or a map-style data set of (image, label)"
     raise DataError(f"cannot use a {type(given).__name__}", where, fix)
 
@@ -291,9 +300,9 @@ def _reading(config: DataConfig, kwargs: dict[str, Any], shape: Shape) -> Readin
     for name, value, least in (("resize", 1 if resize is None else resize, 1), ("workers", workers, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise DataError(f"must be a whole number from {least}, not {value!r}", f"data.kwargs.{name}")
-    if config.augment == "imagenet":
-        return Reading(resize or round(min(shape[1:]) * 256 / 224), workers, "imagenet")
-    return Reading(resize, workers, "flip_crop")
+    if config.augment == IMAGENET:
+        resize = resize or round(min(shape[1:]) * 256 / 224)
+    return Reading(resize, workers, whole=config.augment == IMAGENET)
 
 
 def _checked_labels(labels: Tensor, where: str) -> Tensor:

@@ -100,8 +100,9 @@ class DataConfig(Section):
     batch_size: Count = Field(default=128, description="images per training step")
     mean: list[float] | None = Field(default=None, description="per channel, subtracted from images in 0..1")
     std: list[Positive] | None = Field(default=None, description="per channel, divides the images")
-    augment: Literal["none", "flip_crop", "imagenet"] = Field(
-        default="none", description="none, flip_crop or imagenet (crops of 8 to 100 %; tests on the centre)"
+    augment: Literal["none", "flip_crop", "trivial_augment", "imagenet"] = Field(
+        default="none",
+        description="none, flip_crop, trivial_augment or imagenet (crops of 8 to 100 %)",
     )
     validation: float = Field(
         default=0.1, gt=0, le=0.5, description="share of the training images held out to choose by"

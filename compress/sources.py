@@ -22,7 +22,8 @@ from compress.names import first_line
 Shape = tuple[int, int, int]  # channels, height, width
 Images = tuple[Tensor, Tensor]  # float32 (n, channels, height, width), int64 (n,)
 
-SCALES = {"flip_crop": (0.35, 1.0), "imagenet": (0.08, 1.0)}  # of a picture's area, in a random crop of it
+FLIP_CROP, TRIVIAL, IMAGENET = "flip_crop", "trivial_augment", "imagenet"  # data.augment
+SCALES = {FLIP_CROP: (0.35, 1.0), TRIVIAL: (0.35, 1.0), IMAGENET: (0.08, 1.0)}  # of a picture's area, cropped
 PAD = 4  # pixels on each side, from which a crop is taken (He et al. 2016, section 4.2)
 
 
@@ -69,6 +70,7 @@ class TensorSource:
     images: Tensor
     labels: Tensor
     normalise: Normalise = field(default_factory=Normalise)
+    augment: str = FLIP_CROP
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,10 +80,19 @@ class TensorSource:
             own = draw.indices[draw.rows]
             images = self.images[own]
             if draw.key is not None:
-                images = flip_crop(
-                    images, seeds.generator("augment", *draw.key), len(draw.indices), draw.rows
-                )
+                images = self._augmented(images, draw, draw.key)
             yield self.normalise(images), self.labels[own]
+
+    def _augmented(self, images: Tensor, draw: Draw, key: tuple[int, int, int]) -> Tensor:
+        images = flip_crop(images, seeds.generator("augment", *key), len(draw.indices), draw.rows)
+        if self.augment != TRIVIAL:
+            return images
+        changed = []
+        with seeds.isolated():
+            for row, image in zip(range(len(draw.indices))[draw.rows], images, strict=True):
+                seeds.seed_all(seeds.derive("trivial", *key, row))
+                changed.append(trivial_augment(image))
+        return torch.stack(changed)
 
     def digest(self) -> str:
         parts = (self.images.contiguous().numpy(), self.labels.contiguous().numpy())
@@ -104,7 +115,7 @@ class SampleSource:
     normalise: Normalise = field(default_factory=Normalise)
     resize: int | None = None
     workers: int = 0
-    augment: str = "flip_crop"
+    augment: str = FLIP_CROP
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -187,6 +198,17 @@ def flip_crop(
     return picked.permute(0, 3, 1, 2).contiguous()
 
 
+def trivial_augment(image: Tensor) -> Tensor:
+    """One of 14 changes of shape or colour, of random strength, to a uint8 image (channels, height, width).
+
+    Mueller and Hutter 2021 (TrivialAugment, wide range), as torchvision has it. What is random comes from the
+    global generators.
+    """
+    from torchvision.transforms import v2
+
+    return v2.TrivialAugmentWide()(image)  # type: ignore[no-any-return]  # torchvision is untyped
+
+
 def known_labels(dataset: Any) -> Tensor | None:
     for name in ("targets", "labels"):
         values = getattr(dataset, name, None)
@@ -214,20 +236,27 @@ def _prepare(image: Any, source: SampleSource, index: int, augment: bool) -> Ten
             image.convert({1: "L", 3: "RGB"}.get(shape[0], image.mode))
         )
         if augment:
-            crop = v2.RandomResizedCrop(shape[1:], scale=SCALES[source.augment], antialias=True)
-            return v2.RandomHorizontalFlip()(crop(tensor))  # type: ignore[no-any-return]  # torchvision is untyped
+            tensor = v2.RandomResizedCrop(shape[1:], scale=SCALES[source.augment], antialias=True)(tensor)
+            tensor = v2.RandomHorizontalFlip()(tensor)
+            return trivial_augment(tensor) if source.augment == TRIVIAL else tensor
         return cover(tensor, shape, source.resize)
     tensor = torch.as_tensor(image)
     check_shape(tuple(tensor.shape), shape, f"example {index}")
     tensor = tensor if tensor.dtype == torch.uint8 else tensor.to(torch.float32)
-    if augment and source.augment == "imagenet":
-        raise whole_pictures(f"example {index} is a tensor")
-    return flip_crop(tensor[None], torch.default_generator)[0] if augment else tensor
+    if not augment:
+        return tensor
+    check_augment(source.augment, tensor.dtype, f"example {index} is a tensor")
+    tensor = flip_crop(tensor[None], torch.default_generator)[0]
+    return trivial_augment(tensor) if source.augment == TRIVIAL else tensor
 
 
-def whole_pictures(what: str) -> DataError:
-    """What to say where `augment: imagenet` finds images that have the model's size already."""
-    return DataError(f"imagenet crops pictures of any size, and {what}", "data.augment", "take flip_crop")
+def check_augment(kind: str, dtype: torch.dtype, what: str) -> None:
+    """Raises DataError where tensors of ``dtype`` cannot be augmented as ``kind``; ``what`` says which."""
+    if kind == IMAGENET:
+        raise DataError(f"imagenet crops pictures of any size, and {what}", "data.augment", "take flip_crop")
+    if kind == TRIVIAL and dtype != torch.uint8:
+        needs = f"trivial_augment changes pixels of 0 to 255 (uint8), and {what} of {dtype}"
+        raise DataError(needs, "data.augment", "give uint8 images, or take flip_crop")
 
 
 def cover(images: Tensor, shape: Shape, resize: int | None) -> Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from compress import seeds
 from compress.config import DataConfig
@@ -408,6 +410,52 @@ class TestAugmentation:
             assert not torch.equal(a, c)
         [(plain, _)] = source.batches([Draw(indices)])
         assert torch.equal(plain, source.images / 255)
+
+    def test_trivial_augment_is_torchvisions_after_the_crop(self) -> None:
+        images = torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)
+        plain = TensorSource(images, torch.arange(40))
+        strong = replace(plain, augment="trivial_augment")
+        everything, state = torch.arange(40), torch.get_rng_state()
+        [(cropped, _)] = plain.batches([Draw(everything, (1, 2, 3))])
+        [(changed, _)] = strong.batches([Draw(everything, (1, 2, 3))])
+        assert torch.equal(torch.get_rng_state(), state)
+        for row in range(40):
+            with seeds.isolated(seeds.derive("trivial", 1, 2, 3, row)):
+                wanted = v2.TrivialAugmentWide()((cropped[row] * 255).round().to(torch.uint8))
+            assert torch.equal(changed[row], wanted / 255)
+        moved = int((changed != cropped).flatten(1).any(1).sum())
+        assert 25 < moved < 40  # one change in 14 is none at all
+
+    def test_rows_of_a_batch_are_what_they_are_in_it(self) -> None:
+        images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8)
+        for kind in ("flip_crop", "trivial_augment"):
+            source = TensorSource(images, torch.arange(12), augment=kind)
+            [(whole, _)] = source.batches([Draw(torch.arange(12), (1, 2, 3))])
+            [(part, labels)] = source.batches([Draw(torch.arange(12), (1, 2, 3), slice(5, 9))])
+            assert torch.equal(part, whole[5:9])
+            assert labels.tolist() == [5, 6, 7, 8]
+
+    def test_trivial_augment_of_pictures(self, tmp_path: Path) -> None:
+        write_folder(tmp_path / "pics")
+        draws = [Draw(torch.arange(6), (7, epoch, 0)) for epoch in range(10)]
+        plain, strong = (
+            torch.cat(
+                [x for x, _ in opened("pics", [3, 16, 16], tmp_path, augment=kind).train.batches(draws)]
+            )
+            for kind in ("flip_crop", "trivial_augment")
+        )
+        assert plain.shape == strong.shape
+        assert 30 < int((plain != strong).flatten(1).any(1).sum()) < 60
+
+    def test_trivial_augment_needs_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        code = "import torch\ndef made():\n    x = torch.rand(4, 3, 8, 8), torch.arange(4)\n"
+        (tmp_path / "made_floats.py").write_text(code + "    return {'train': x, 'test': x}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        refused(
+            lambda: opened("made_floats:made", [3, 8, 8], tmp_path, augment="trivial_augment"),
+            "data.augment: trivial_augment changes pixels of 0 to 255 (uint8), and these are",
+            "; give uint8 images, or take flip_crop",
+        )
 
     def test_normalise(self) -> None:
         scale = Normalise(torch.tensor([0.5, 0.25])[:, None, None], torch.tensor([0.5, 2.0])[:, None, None])

@@ -91,7 +91,7 @@ class TestSplits:
 
 
 class TestBatches:
-    @pytest.mark.parametrize("augment", ["none", "flip_crop"])
+    @pytest.mark.parametrize("augment", ["none", "flip_crop", "trivial_augment"])
     def test_any_batch_can_be_made_again(self, augment: str) -> None:
         task = mnist(3, batch_size=64, train_limit=500, augment=augment)
         whole = list(task.train_batches(2, 0))
