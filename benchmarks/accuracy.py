@@ -16,7 +16,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import accuracy_job as job
-from benchmarks.common import RESULTS, data_folder, note, write
+from benchmarks.common import RESULTS, note, write
 
 OURS: dict[str, dict[str, Any]] = {
     "taylor": {},
@@ -35,7 +34,6 @@ OURS: dict[str, dict[str, Any]] = {
     "random": {"criterion": "random"},
 }
 PEER = ("taylor", "magnitude")
-WEIGHTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
 PEER_NAME = "torch-pruning 1.6.1"
 
 
@@ -69,24 +67,13 @@ def trajectory(net: Any, data: job.Data, criterion: str, seed: int) -> Iterator[
 
 def measure(tool: str, criterion: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one trajectory."""
-    from benchmarks import cifar10
-
-    weights = str(data_folder().resolve() / "weights" / WEIGHTS[options.depth])
     if tool == "compress":
         return job.rows(
-            trajectory, tool, criterion, seed, weights=weights, splits=cifar10.splits(),
-            epochs=options.epochs, depth=options.depth, say=note,
-        )  # fmt: skip
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "splits.npz"
-        splits = cifar10.splits()
-        arrays = {f"{split}_images": images for split, (images, _) in splits.items()}
-        np.savez(path, **arrays, **{f"{split}_labels": labels for split, (_, labels) in splits.items()})
-        arguments = [weights, str(path), criterion, str(seed), str(options.epochs), str(options.depth)]
-        script = str(Path(__file__).with_name("accuracy_peer.py"))
-        done = subprocess.run([options.peer_python, script, *arguments], stdout=subprocess.PIPE, check=True)
+            trajectory, tool, criterion, seed, epochs=options.epochs, depth=options.depth, say=note
+        )
+    script = str(Path(__file__).with_name("accuracy_peer.py"))
+    arguments = [criterion, str(seed), str(options.epochs), str(options.depth)]
+    done = subprocess.run([options.peer_python, script, *arguments], stdout=subprocess.PIPE, check=True)
     return list(json.loads(done.stdout))
 
 
@@ -127,7 +114,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--depth", type=int, default=20, choices=sorted(WEIGHTS))
+    parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
     parser.add_argument("--only", nargs="*", default=[], metavar="TOOL:CRITERION")
     options = parser.parse_args()
     runs = [("compress", c) for c in OURS]

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from benchmarks import cifar10, cifar_nets
 
 BATCH, IMAGES, TEST = 64, 45_000, 10_000
 POINTS = (1 / 1.5, 1 / 2, 1 / 2.57, 1 / 4)
@@ -21,7 +22,7 @@ PRUNE = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}
 MINIBATCHES, STEP_SHARE, MIN_KEEP = 5, 0.01, 0.1
 """Minibatches between removals, share of the units in each, least share of a layer."""
 TUNE = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+MEAN, STD = torch.tensor(cifar10.MEAN), torch.tensor(cifar10.STD)
 
 
 class Shortcut(nn.Conv2d):
@@ -50,23 +51,20 @@ class Block(nn.Module):
         return functional.relu(self.shortcut(x) + y)
 
 
-def network(weights: str, depth: int) -> nn.Module:
+def network(depth: int) -> nn.Module:
     """The pretrained CIFAR ResNet with convolutions for shortcuts: Torch-Pruning cannot prune padded ones."""
-    from compress.zoo import cifar_resnet
-
-    state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-    net = cifar_resnet(depth)
-    net.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+    net: Any = cifar_nets.load(f"resnet{depth}")
     for stage in (net.layer1, net.layer2, net.layer3):
         for number, block in enumerate(stage):
             stage[number] = Block(block)
-    return net.eval()
+    return net.eval()  # type: ignore[no-any-return]  # a net by any name
 
 
 class Data:
     """CIFAR-10 in memory. images: uint8 (n, 3, 32, 32)."""
 
-    def __init__(self, splits: dict[str, tuple[np.ndarray, np.ndarray]], seed: int) -> None:
+    def __init__(self, seed: int) -> None:
+        splits = cifar10.splits()
         self.images, self.labels = (torch.from_numpy(a) for a in splits["train"])
         self.test_images, self.test_labels = (torch.from_numpy(a) for a in splits["test"])
         self.seed = seed
@@ -158,8 +156,8 @@ Trajectory = Callable[[nn.Module, Data, str, int], Iterator[tuple[float, nn.Modu
 
 
 def rows(
-    trajectory: Trajectory, tool: str, criterion: str, seed: int, *, weights: str, splits: Any, epochs: int,
-    depth: int = 20, say: Callable[[str], None] = print,
+    trajectory: Trajectory, tool: str, criterion: str, seed: int, *, epochs: int, depth: int = 20,
+    say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Prune once, and at every point fine-tune a copy and measure it."""
     import copy
@@ -167,7 +165,7 @@ def rows(
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    net, data, found = network(weights, depth), Data(splits, seed), []
+    net, data, found = network(depth), Data(seed), []
     full, started = macs(net), time.monotonic()
     for point, pruned in trajectory(net, data, criterion, seed):
         seconds = time.monotonic() - started

@@ -1,6 +1,6 @@
 """Torch-Pruning's trajectory for `accuracy.py`, run in an environment that has it.
 
-PEER_PYTHON benchmarks/accuracy_peer.py WEIGHTS SPLITS.npz CRITERION SEED EPOCHS DEPTH
+PEER_PYTHON benchmarks/accuracy_peer.py CRITERION SEED EPOCHS DEPTH
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -65,12 +64,10 @@ def trajectory(
 
 
 def main() -> None:
-    weights, splits, criterion, seed, epochs, depth = sys.argv[1:]
-    loaded = np.load(splits)
-    data = {s: (loaded[f"{s}_images"], loaded[f"{s}_labels"]) for s in ("train", "test")}
+    criterion, seed, epochs, depth = sys.argv[1:]
     found = job.rows(
-        trajectory, "torch-pruning 1.6.1", criterion, int(seed), weights=weights, splits=data,
-        epochs=int(epochs), depth=int(depth), say=lambda text: None,
+        trajectory, "torch-pruning 1.6.1", criterion, int(seed), epochs=int(epochs), depth=int(depth),
+        say=lambda text: None,
     )  # fmt: skip
     sys.stdout.write(json.dumps(found))
 
