@@ -30,7 +30,7 @@ _LIVE = {
     "prune": ("macs_ratio",),
     "finetune": ("epochs", "lr"),
     "export": ("tolerance",),
-    "bench": ("target", "batches"),
+    "bench": ("target",),
     "gates": ("accuracy_drop", "parity"),
 }
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,20 +19,34 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress import distributed, files, manifest, preview
+from compress import distributed, files, manifest, measuring, preview
+from compress.aim import aimed
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
 from compress.errors import ConfigError, Interrupted
 from compress.inspection import inspect
 from compress.manifest import StageRecord, verify
-from compress.release import bench_stage, export_stage, gate_stage, report_stage
+from compress.measuring import bench_stage
+from compress.release import export_stage, gate_stage, report_stage
 from compress.stages import STAGES
 from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_stage, train_stage
 from compress.task import build_task
 from compress.trace import Traced
 
-__all__ = ["STAGES", "Events", "Outcome", "compare", "inspect", "look", "plan", "run", "sensitivity"]
+__all__ = [
+    "STAGES",
+    "Events",
+    "Outcome",
+    "bench_for",
+    "bring",
+    "compare",
+    "inspect",
+    "look",
+    "plan",
+    "run",
+    "sensitivity",
+]
 __all__ += ["study", "verify"]
 
 
@@ -91,9 +105,9 @@ def run(
     the first alone writes, exports, measures and judges. Raises CompressError or DeployError; LockedError
     when another run works in the same folder.
     """
-    place = folder / config.out
+    place, config = folder / config.out, aimed(config)
     work = Work(config, folder, place, events, should_stop, command)
-    preflight(work)
+    preflight(work, measuring=_measures(place, until, start, only, fresh))
     if dry_run:
         return Outcome(0, place, {}, _walk(work, until, start, only, dry=True))
     with files.lock(place) if distributed.is_main() else nullcontext():
@@ -106,6 +120,37 @@ def run(
         results = files.read_json(place / "results.json") if _judged(done) else {}
     failed = _judged(done) and results["verdict"] not in ("pass", "no gates")
     return Outcome(5 if failed else 0, place, results, done)
+
+
+def _measures(run: Path, until: str | None, start: str | None, only: str | None, fresh: bool) -> bool:
+    """Whether latency will be measured, as far as one can tell before: not where that is on file."""
+    last, bench = STAGES.index(only or until or STAGES[-1]), STAGES.index("bench")
+    again = STAGES.index(only or start or STAGES[-1]) if only or start else len(STAGES)
+    on_file = not fresh and run.exists() and "bench" in manifest.load(run)
+    return last >= bench and (not on_file or again <= bench)
+
+
+def bench_for(
+    config: Config,
+    folder: Path,
+    target: str,
+    *,
+    events: Events,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Measure an exported run for another target than its own, for the report; the document."""
+    config = aimed(config)
+    work = Work(config, folder, folder / config.out, events, should_stop)
+    with files.lock(work.run):
+        return measuring.measure_other(work, target)
+
+
+def bring(config: Config, folder: Path, documents: Sequence[Path]) -> None:
+    """Put what other machines measured of this run's models beside it, for the report."""
+    run = folder / config.out
+    with files.lock(run):
+        for path in documents:
+            measuring.bring(run, path)
 
 
 def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
@@ -240,6 +285,8 @@ def _key(work: Work, name: str) -> str:
         facts["weights"] = _weights_hash(work)
     if name == "prune":
         facts["align"] = work.align
+    if name == "report":
+        facts["targets"] = measuring.hashes(work.run)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

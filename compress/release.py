@@ -1,4 +1,4 @@
-"""The stages that hand over: export, bench, report, gate. They read files of the run and know deploy."""
+"""The stages that hand over: export, report, gate. They read files of the run and know deploy."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
 from compress import config as configuration
-from compress import files, manifest
-from compress.errors import Interrupted
+from compress import files, manifest, measuring
 from compress.steps import Done, Work, finite
 
-# -- export and bench ---------------------------------------------------------------------------------
+# -- export -------------------------------------------------------------------------------------------
 
 
 def export_stage(work: Work) -> Done:
@@ -44,49 +41,6 @@ def export_stage(work: Work) -> Done:
     }
     worst = max((math.inf if row["relative"] is None else row["relative"] for row in rows), default=0.0)
     return Done([*outputs, work.write("export.json", document)], f"largest relative error {worst:.1e}")
-
-
-def bench_stage(work: Work) -> Done:
-    """Time the dense network against the original, interleaved, on every runner and batch."""
-    from deploy import latency, machine, runners
-
-    config = work.config.bench
-    kinds = list(config.runners)
-    if torch.cuda.is_available() and "torch_cuda" not in kinds:
-        kinds.append("torch_cuda")
-    rows: list[Any] = []
-    ratios: list[Any] = []
-    total = len(kinds) * len(config.batches)
-    for kind in kinds:
-        for batch in config.batches:
-            place = len(ratios)
-
-            def show(done: int, of: int, place: int = place, kind: str = kind, batch: int = batch) -> None:
-                work.events.progress("bench", place + done / of, total, f"{kind}, batch {batch}")
-                _stop_between(work)
-
-            pair = {name: _runner(work, runners, kind, name) for name in ("original", "dense")}
-            found = latency.measure(
-                pair, work.shapes, batch, config.repeats, config.seconds,
-                seed=work.config.seed, progress=show,
-            )  # fmt: skip
-            for runner in reversed(pair.values()):
-                runner.close()
-            rows += [finite(row.as_dict()) for row in found.latency]
-            ratios += [finite(asdict(ratio)) for ratio in found.speedup]
-    document = {"latency": rows, "speedup": ratios, "machine": machine.describe()}
-    detail = ", ".join(f"{r['runner']} batch {r['batch']}: {r['ratio']:.2f}x" for r in ratios)
-    return Done([work.write("bench.json", document)], detail)
-
-
-def _runner(work: Work, runners: Any, kind: str, name: str) -> Any:
-    artifact = work.run / f"{name}.onnx" if kind.startswith("onnxruntime") else work.load(name)
-    return runners.open_runner(kind, artifact, work.config.bench.threads)
-
-
-def _stop_between(work: Work) -> None:
-    if work.should_stop():
-        raise Interrupted("stopped while measuring", "bench", "run the same command again: it measures anew")
 
 
 # -- report and gate ----------------------------------------------------------------------------------
@@ -150,6 +104,8 @@ def gather(work: Work) -> dict[str, Any]:
         "parity": exported["parity"],
         "latency": bench["latency"],
         "speedup": bench["speedup"],
+        "target": bench["target"],
+        "others": measuring.others(work),
         "provenance": {
             "versions": machine.versions(),
             "machine": bench["machine"],

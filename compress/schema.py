@@ -243,14 +243,17 @@ class BenchConfig(Section):
     target: Name = Field(
         default="cpu-ort", description="the hardware it is for: a target's name, or a .toml file"
     )
-    batches: Counts = Field(default=[1, 32], description="batch sizes")
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"] | None = Field(
+        default=None, description="fp32, tf32, fp16, bf16, int8 or fp8; null: the target's"
+    )
+    batches: Counts | None = Field(default=None, description="batch sizes; null: the target's")
     repeats: int = Field(
         default=20, ge=3, le=LARGEST, description="interleaved pairs, original against dense"
     )
     seconds: Positive = Field(default=1.0, le=3600, description="least time per runner, batch and model")
-    threads: Count = Field(default=1, description="CPU threads")
-    runners: Annotated[list[Name], Field(min_length=1)] = Field(
-        default=["torch", "onnxruntime"], description="what runs the model"
+    threads: Count | None = Field(default=None, description="CPU threads; null: the target's")
+    runners: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        default=None, description="what runs the model; null: PyTorch and the target's runner"
     )
 
 
@@ -264,7 +267,9 @@ class GatesConfig(Section):
         default=None, description="least original / dense median latency, e.g. 1.5"
     )
     latency_ms: Positive | None = Field(default=None, description="largest median latency")
-    runner: Name = Field(default="onnxruntime", description="whose latency the gates look at")
+    runner: Name | None = Field(
+        default=None, description="whose latency the gates look at; null: the target's runner"
+    )
     batch: Count | None = Field(
         default=None, description="at which batch size; null: the largest of bench.batches"
     )
@@ -328,12 +333,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _gates_are_measured(self) -> Config:
-        if self.gates.speedup is None and self.gates.latency_ms is None:
+        gates, bench = self.gates, self.bench
+        if gates.speedup is None and gates.latency_ms is None:
             return self
-        if self.gates.runner not in self.bench.runners:
-            what = f'no runner of this name is measured, found "{self.gates.runner}"'
+        if None not in (gates.runner, bench.runners) and gates.runner not in (bench.runners or ()):
+            what = f'no runner of this name is measured, found "{gates.runner}"'
             raise fault(what, "add it to bench.runners", place=("gates", "runner"))
-        if self.gates.batch is not None and self.gates.batch not in self.bench.batches:
-            what = f"this batch size is not measured, found {self.gates.batch}"
+        if None not in (gates.batch, bench.batches) and gates.batch not in (bench.batches or ()):
+            what = f"this batch size is not measured, found {gates.batch}"
             raise fault(what, "add it to bench.batches", place=("gates", "batch"))
         return self

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress import checkpoint, distributed, files, graphfile, seeds, shares
+from compress import aim, checkpoint, distributed, files, graphfile, seeds, shares
 from compress.channelmap import ChannelMap
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
-from compress.errors import ConfigError, IntegrityError, TargetError, did_you_mean
+from compress.errors import ConfigError, IntegrityError, TargetError
 from compress.inspection import (
     Built,
     build,
@@ -131,7 +131,7 @@ class Work:
 
     @cached_property
     def align(self) -> int:
-        return resolve_align(self.config)
+        return aim.align(self.config)
 
     @cached_property
     def shapes(self) -> list[list[int]]:
@@ -184,31 +184,16 @@ def _own_gpu(device: torch.device) -> torch.device:
     return torch.device("cuda", launched().local_rank)
 
 
-def resolve_align(config: Config) -> int:
-    """The multiple that kept channels must be of: as given, or by the target."""
-    from deploy import targets
-
-    align = config.prune.align
-    return targets.resolve_align(targets.load(config.bench.target)) if align == "auto" else align
-
-
 def _evaluation(found: Evaluation) -> dict[str, Any]:
     wrong = None if found.correct is None else torch.nonzero(~found.correct).flatten().tolist()
     loss = found.loss if math.isfinite(found.loss) else None
     return {"metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong}
 
 
-def preflight(work: Work) -> None:
-    """Find out before hours of training what would stop the run after them."""
-    from deploy import runners, targets
-
-    targets.load(work.config.bench.target)
+def preflight(work: Work, *, measuring: bool = False) -> None:
+    """Find out before hours of training what would stop the run after them; measuring: is latency part?"""
+    aim.check(work.config, here=measuring)
     assert work.device
-    for kind in work.config.bench.runners:
-        if kind not in runners.KINDS:
-            raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
-        if kind.endswith("_cuda") and not torch.cuda.is_available():
-            raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
 
 
 # -- train --------------------------------------------------------------------------------------------

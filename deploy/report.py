@@ -91,6 +91,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "gates": tables.gates(results),
         "summary": tables.summary(results),
         "speedups": tables.speedups(results),
+        "targets": tables.targets(results),
         "latency": tables.latency(results),
         "warnings": tables.latency_warnings(results),
         "parity": tables.parity(results),

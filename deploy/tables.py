@@ -138,6 +138,33 @@ def speedups(results: Mapping[str, Any]) -> Table:
     return Table(headers, "crrrrt", tuple(body))
 
 
+def targets(results: Mapping[str, Any]) -> Table:
+    """Every speed-up on every target: the config's, then those measured apart; empty without such."""
+    apart = rows(results, "others")
+    machine = section(section(results, "provenance"), "machine")
+    body = []
+    for found in [{**results, "machine": machine}, *apart] if apart else []:
+        target = section(found, "target")
+        head = (text(target.get("name")), _device(section(found, "machine")), text(target.get("precision")))
+        medians = {
+            tuple(text(row.get(key)) for key in ("runner", "batch", "model")): row.get("median")
+            for row in rows(found, "latency")
+        }
+        for row in rows(found, "speedup"):
+            place = text(row.get("runner")), text(row.get("batch"))
+            both = (measured(medians.get((*place, name)), milliseconds) for name in ("original", "dense"))
+            ratio = (measured(row.get("ratio"), times), interval(row, times), text(row.get("verdict")))
+            body.append((*head, *place, *both, *ratio))
+    headers = ("Target", "Machine", "Precision", "Runner", "Batch", "Original p50", "Pruned p50", "Speed-up")
+    return Table((*headers, "95 % interval", "The pruned model is"), "cttcrrrrrt", tuple(body))
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    """The first GPU's name, else the CPU's."""
+    gpus = rows(machine, "gpus")
+    return text(gpus[0].get("name") if gpus else machine.get("cpu"))
+
+
 def latency(results: Mapping[str, Any]) -> Table:
     """Percentiles of every measurement, in milliseconds."""
     keys = ("min", "median", "mean", "p90", "p95", "p99", "max")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,16 @@ from deploy.errors import MeasureError
 
 FOLDER = Path(__file__).with_suffix("")
 RUNNERS = ("torch", "torch_cuda", "onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx")
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 _LARGEST_FILE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the target asks of the pruned model, at its largest batch size; None: nothing."""
+
+    latency_ms: float | None = None
+    speedup: float | None = None
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Target:
 
     `align`: channels are kept in multiples of this; "auto" asks the CPU at hand. `threads`: CPU threads per
     operator. `gpu`: a part of the device name as the driver reports it, `compute_capability`: NVIDIA's
-    number for it; both are empty for a CPU.
+    number for it; both are empty for a CPU. `budget`: limits that hold where a config sets none.
     """
 
     name: str
@@ -38,6 +46,7 @@ class Target:
     batches: tuple[int, ...]
     gpu: str = ""
     compute_capability: str = ""
+    budget: Budget = Budget()
 
 
 def _positive(value: object) -> bool:
@@ -46,6 +55,13 @@ def _positive(value: object) -> bool:
 
 def _text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _is_budget(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        key in ("latency_ms", "speedup") and type(limit) in (int, float) and 0 < limit < float("inf")
+        for key, limit in value.items()
+    )
 
 
 # key -> (is the value fine?, what it should be). `name` is the file's name.
@@ -61,8 +77,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "gpu": (_text, "a text"),
     "compute_capability": (_text, "a text"),
+    "budget": (_is_budget, "a table of latency_ms and speedup, numbers above 0"),
 }
-_OPTIONAL = {"gpu", "compute_capability"}
+_OPTIONAL = {"gpu", "compute_capability", "budget"}
 
 
 def names() -> tuple[str, ...]:
@@ -71,9 +88,15 @@ def names() -> tuple[str, ...]:
 
 
 def load(name_or_path: str) -> Target:
-    """A target by name, or from the path of a `.toml` file. Raises MeasureError naming file and key."""
+    """A target by name, by name and precision ("h100-int8"), or from the path of a `.toml` file.
+
+    Raises MeasureError naming file and key.
+    """
     if name_or_path.endswith(".toml"):
         return _read(Path(name_or_path))
+    base, _, precision = name_or_path.rpartition("-")
+    if precision in PRECISIONS and base in names():
+        return replace(load(base), name=name_or_path, precision=precision)
     if name_or_path not in names():
         near = difflib.get_close_matches(name_or_path, names(), n=3, cutoff=0.5) or names()
         raise MeasureError(
@@ -97,8 +120,8 @@ def _read(path: Path) -> Target:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise MeasureError(f"is not TOML: {error}", path.name, "correct the file") from error
     _check(values, path.name)
-    batches = tuple(values.pop("batches"))
-    return Target(name=path.stem, batches=batches, **values)
+    batches, budget = tuple(values.pop("batches")), Budget(**values.pop("budget", {}))
+    return Target(name=path.stem, batches=batches, budget=budget, **values)
 
 
 def _check(values: dict[str, Any], file: str) -> None:

@@ -101,17 +101,18 @@ DEFAULTS: dict[str, Any] = {
     "export": {"opset": None, "tolerance": 1e-4, "batches": [1, 2, 7]},
     "bench": {
         "target": "cpu-ort",
-        "batches": [1, 32],
+        "precision": None,
+        "batches": None,
         "repeats": 20,
         "seconds": 1.0,
-        "threads": 1,
-        "runners": ["torch", "onnxruntime"],
+        "threads": None,
+        "runners": None,
     },
     "gates": {
         "accuracy_drop": 0.01,
         "speedup": None,
         "latency_ms": None,
-        "runner": "onnxruntime",
+        "runner": None,
         "batch": None,
         "size_ratio": None,
         "parity": True,
@@ -293,12 +294,12 @@ def test_an_override_may_mend_the_file() -> None:
             "compress.yaml:4:35 train.warmup_epochs: must be at most epochs (2), found 3",
         ),
         (
-            "gates: {speedup: 1.5, runner: tensorrt}",
+            "gates: {speedup: 1.5, runner: tensorrt}\nbench: {runners: [torch]}",
             'compress.yaml:4:31 gates.runner: no runner of this name is measured, found "tensorrt"; '
             "add it to bench.runners",
         ),
         (
-            "gates: {latency_ms: 1.5, batch: 3}",
+            "gates: {latency_ms: 1.5, batch: 3}\nbench: {batches: [1, 32]}",
             "compress.yaml:4:33 gates.batch: this batch size is not measured, found 3; "
             "add it to bench.batches",
         ),

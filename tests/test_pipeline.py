@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from compress.errors import (
     LockedError,
     ModelError,
 )
+from deploy import targets
 from deploy.errors import DeployError
 from tests.pipelines import CONFIG, Silent, start, stop_after
 
@@ -96,6 +98,27 @@ def test_a_changed_gate_repeats_only_the_report(finished: Path) -> None:
     events = Silent()
     outcome = start(finished, ["gates.size_ratio=0.0001"], events=events, dry_run=True)
     assert [name for name, status, _ in outcome.stages if status != "cached"] == ["report", "gate"]
+
+
+def test_another_target_stands_in_the_report(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    board = (targets.FOLDER / "cpu-ort.toml").read_text().replace("[1, 32]", "[2]")
+    (tmp_path / "board.toml").write_text(board)
+    own = config.load(tmp_path / "compress.yaml")
+    document = pipeline.bench_for(own, tmp_path, str(tmp_path / "board.toml"), events=Silent())
+    assert {(row["runner"], row["batch"]) for row in document["latency"]} == {
+        ("torch", 2),
+        ("onnxruntime", 2),
+    }
+    events = Silent()
+    outcome = start(tmp_path, events=events)
+    assert [name for name, status in events.stages if status == "done"] == ["report", "gate"]
+    assert [other["target"]["name"] for other in outcome.results["others"]] == ["board"]
+    assert outcome.results["target"]["name"] == "cpu-ort"
+    assert "On every target" in (tmp_path / "run" / "report.html").read_text()
+    files.write_json(tmp_path / "there.json", document | {"target": {"name": "there"}})
+    pipeline.bring(own, tmp_path, [tmp_path / "there.json"])
+    assert [o["target"]["name"] for o in start(tmp_path).results["others"]] == ["board", "there"]
 
 
 @pytest.mark.parametrize(

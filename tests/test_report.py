@@ -208,6 +208,39 @@ def judged(results: dict[str, Any], gates: dict[str, Any]) -> dict[str, Any]:
     return results | {"gates": [asdict(one) for one in found], "verdict": gate.verdict(found)}
 
 
+def with_targets() -> dict[str, Any]:
+    """The example beside what a GPU elsewhere measured of it."""
+    found = example()
+    rng = random.Random(8)
+    rows = [latency_row("tensorrt", model, 32, ms, rng) for model, ms in (("original", 1.9), ("dense", 1.0))]
+    ratio = {"runner": "tensorrt", "batch": 32, "ratio": 1.9, "low": 1.88, "high": 1.93, "pairs": 20}
+    other = {
+        "target": {"name": "h100-fp16", "precision": "fp16", "runner": "tensorrt"},
+        "machine": {"cpu": "Example CPU 9000", "gpus": [{"name": "Example <GPU> 80GB"}]},
+        "latency": rows,
+        "speedup": [ratio | {"verdict": "faster"}],
+    }
+    return found | {"target": {"name": "cpu-ort", "precision": "fp32"}, "others": [other]}
+
+
+def test_several_targets_stand_in_one_table() -> None:
+    found = with_targets()
+    table = tables.targets(found)
+    assert len(table.rows) == 5
+    assert {row[:3] for row in table.rows} == {
+        ("cpu-ort", "{'model': 'Example CPU 9000', 'cores': 8, 'flags': ['avx2', 'avx512f']}", "fp32"),
+        ("h100-fp16", "Example <GPU> 80GB", "fp16"),
+    }
+    assert table.rows[-1][3:5] == ("tensorrt", "32")
+    assert table.rows[-1][7] == "1.90×"
+    pages = report.render(found)
+    for page in (pages.html, pages.markdown):
+        assert "On every target" in page
+        assert "Example &lt;GPU&gt; 80GB" in page
+    assert tables.targets(example()).rows == ()
+    assert "On every target" not in report.render(example()).html
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     return example()

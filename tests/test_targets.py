@@ -10,7 +10,7 @@ import pytest
 
 import deploy.targets
 from deploy.errors import MeasureError
-from deploy.targets import Target, load, names, resolve_align
+from deploy.targets import Budget, Target, load, names, resolve_align
 
 GOOD = """
 description = "my board"
@@ -63,6 +63,26 @@ def test_a_file_of_ones_own_by_path(tmp_path: Path) -> None:
     assert resolve_align(found) == 4
 
 
+def test_a_name_with_a_precision() -> None:
+    found = load("h100-int8")
+    assert (found.name, found.precision, found.gpu) == ("h100-int8", "int8", "H100")
+    assert load("cpu-ort-int8").precision == "int8"
+    with pytest.raises(MeasureError, match="unknown target 'h100-int7'; use h100"):
+        load("h100-int7")
+
+
+def test_a_budget_is_part_of_a_target(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(GOOD + "budget = {latency_ms = 2.5, speedup = 2}\n")
+    assert load(str(tmp_path / "board.toml")).budget == Budget(2.5, 2)
+    assert load("h100").budget == Budget()
+    for wrong in ("{latency = 1}", "{latency_ms = 0}", "{speedup = 'x'}", "{speedup = true}", "3"):
+        (tmp_path / "board.toml").write_text(GOOD + f"budget = {wrong}\n")
+        with pytest.raises(
+            MeasureError, match=r"^board\.toml: budget is .*; it must be a table of latency_ms"
+        ):
+            load(str(tmp_path / "board.toml"))
+
+
 def test_align_auto_asks_the_cpu() -> None:
     target = load("cpu-ort")
     assert resolve_align(target, {"sse", "avx2", "avx512f"}) == 16
@@ -100,7 +120,7 @@ def test_an_unknown_name_gives_the_nearest() -> None:
         (GOOD.replace("[1, 3]", "[]"), "batches is []; it must be a list of whole numbers"),
         (GOOD.replace("[1, 3]", "[1, 2.5]"), "batches is [1, 2.5]; it must be a list"),
         (GOOD.replace('"onnxruntime"', "[1]"), "runner is [1]; it must be one of torch, "),
-        (GOOD.replace('"fp32"', '"fp8"'), "precision is 'fp8'; it must be one of fp32, fp16, int8"),
+        (GOOD.replace('"fp32"', '"fp4"'), "precision is 'fp4'; it must be one of fp32, tf32, fp16, bf16"),
         (GOOD.replace('"my board"', "3"), "description is 3; it must be a text"),
         ("align = ", "board.toml: is not TOML: Invalid value"),
         ("\xff", "board.toml: is not TOML: "),

@@ -1,0 +1,83 @@
+"""What a config leaves to its target: runners, precision, batch sizes, threads, alignment, budgets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.config import Config
+from compress.errors import ConfigError, TargetError, did_you_mean
+
+if TYPE_CHECKING:
+    from deploy.targets import Target
+
+
+def target(config: Config) -> Target:
+    """The target of `bench.target`. Raises MeasureError (exit 3) for one that does not exist."""
+    from deploy import targets
+
+    return targets.load(config.bench.target)
+
+
+def aimed(config: Config) -> Config:
+    """The config with the target's values where it has none. The filled-in config is the config.
+
+    Raises ConfigError where a gate looks at what is not measured then.
+    """
+    chosen = target(config)
+    bench, gates = config.bench, config.gates
+    runners = bench.runners or _runners(chosen)
+    filled: dict[str, Any] = {
+        "runners": runners,
+        "precision": bench.precision or chosen.precision,
+        "batches": bench.batches or list(chosen.batches),
+        "threads": bench.threads or chosen.threads,
+    }
+    own: dict[str, Any] = {
+        "runner": gates.runner or (chosen.runner if chosen.runner in runners else runners[-1])
+    }
+    for key, limit in vars(chosen.budget).items():
+        if limit is not None and key not in gates.model_fields_set:
+            own[key] = limit
+    found = config.model_copy(
+        update={"bench": bench.model_copy(update=filled), "gates": gates.model_copy(update=own)}
+    )
+    _check_gates(found)
+    return found
+
+
+def _runners(chosen: Target) -> list[str]:
+    torch = "torch_cuda" if chosen.gpu else "torch"
+    return list(dict.fromkeys([torch, chosen.runner]))
+
+
+def _check_gates(config: Config) -> None:
+    gates, bench = config.gates, config.bench
+    if gates.speedup is None and gates.latency_ms is None:
+        return
+    if gates.runner not in (bench.runners or ()):
+        what = f'no runner of this name is measured, found "{gates.runner}"'
+        raise ConfigError(what, "gates.runner", "add it to bench.runners")
+    if gates.batch is not None and gates.batch not in (bench.batches or ()):
+        what = f"this batch size is not measured, found {gates.batch}"
+        raise ConfigError(what, "gates.batch", "add it to bench.batches")
+
+
+def align(config: Config) -> int:
+    """The multiple that kept channels must be of: as given, or by the target."""
+    from deploy import targets
+
+    given = config.prune.align
+    return targets.resolve_align(target(config)) if given == "auto" else given
+
+
+def check(config: Config, *, here: bool) -> None:
+    """Raises where the target or a runner is unknown; here: or needs a device that this machine lacks."""
+    import torch
+
+    from deploy import runners
+
+    for kind in aimed(config).bench.runners or ():
+        if kind not in runners.KINDS:
+            raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
+        if here and kind.endswith("_cuda") and not torch.cuda.is_available():
+            raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")

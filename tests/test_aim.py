@@ -1,0 +1,70 @@
+"""What a config leaves open, its target decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress import aim, config
+from compress.config import Config
+from compress.errors import ConfigError
+
+BASE = "version: 1\nmodel: {name: x:y, input_shape: [3, 8, 8]}\ndata: {name: mnist5k}\n"
+BOARD = """
+description = "my board"
+runner = "onnxruntime"
+precision = "int8"
+align = 4
+threads = 2
+batches = [1, 3]
+budget = {latency_ms = 2.5, speedup = 1.5}
+"""
+
+
+def read(text: str = "") -> Config:
+    return config.loads(BASE + text)
+
+
+def test_the_usual_target() -> None:
+    found = aim.aimed(read())
+    bench = found.bench
+    assert (bench.runners, bench.precision, bench.batches, bench.threads) == (
+        ["torch", "onnxruntime"], "fp32", [1, 32], 1,
+    )  # fmt: skip
+    assert (found.gates.runner, found.gates.latency_ms, found.gates.speedup) == ("onnxruntime", None, None)
+    assert aim.aimed(found) == found
+
+
+def test_a_gpu_is_measured_with_its_runner() -> None:
+    found = aim.aimed(read("bench: {target: h100-fp16}"))
+    assert found.bench.runners == ["torch_cuda", "tensorrt"]
+    assert (found.bench.precision, found.bench.batches) == ("fp16", [1, 32, 256])
+    assert found.gates.runner == "tensorrt"
+
+
+def test_the_config_wins(tmp_path: Path) -> None:
+    (tmp_path / "board.toml").write_text(BOARD)
+    target = f"target: {tmp_path / 'board.toml'}"
+    own = "batches: [8], threads: 4, precision: fp16, runners: [torch]"
+    found = aim.aimed(read(f"bench: {{{target}, {own}}}\ngates: {{latency_ms: null, runner: torch}}"))
+    assert (found.bench.batches, found.bench.threads, found.bench.precision) == ([8], 4, "fp16")
+    assert (found.bench.runners, found.gates.runner) == (["torch"], "torch")
+    assert (found.gates.latency_ms, found.gates.speedup) == (None, 1.5)  # one is off, the other the board's
+    open_ = aim.aimed(read(f"bench: {{{target}}}"))
+    assert (open_.gates.latency_ms, open_.gates.speedup, open_.bench.precision) == (2.5, 1.5, "int8")
+    assert aim.align(open_) == 4
+    assert aim.align(read(f"bench: {{{target}}}\nprune: {{align: 3}}")) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gates: {speedup: 1.5, runner: torch_cuda}", "gates.runner: no runner of this name is measured"),
+        ("gates: {speedup: 1.5, batch: 7}", "gates.batch: this batch size is not measured, found 7"),
+    ],
+)
+def test_gates_on_what_the_target_does_not_measure(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        aim.aimed(read(text))
+    assert str(caught.value).startswith(said)
