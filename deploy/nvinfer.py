@@ -115,7 +115,8 @@ def compile_network(request: Mapping[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     Path(request["plan"]).write_bytes(memoryview(plan))
     if reused is not None:
-        Path(request["plan"] + ".cache").write_bytes(memoryview(config.get_timing_cache().serialize()))
+        cache = config.get_timing_cache()
+        Path(request["plan"] + ".cache").write_bytes(memoryview(cache.serialize()))
     outputs = [_port(network.get_output(index)) for index in range(network.num_outputs)]
     flags = [flag for flag, value in trt.BuilderFlag.__members__.items() if config.get_flag(value)]
     return {
@@ -152,15 +153,19 @@ def _parse(parser: Any, network: Any, onnx: str) -> None:
     """Read the ONNX file into the network, or raise with the parser's own words."""
     name = Path(onnx).name
     if not parser.parse_from_file(onnx):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        if any(error.code().name == "MODEL_DESERIALIZE_FAILED" for error in errors):
-            raise ArtifactError(f"is not ONNX: {quote([e.desc() for e in errors])}", name, "export it again")
-        said = [f"{e.node_operator()} ({e.node_name()}): {e.code().name}: {e.desc()}" for e in errors]
+        said = [_fault(parser.get_error(index)) for index in range(parser.num_errors)]
+        if any("MODEL_DESERIALIZE_FAILED" in line for line in said):
+            raise ArtifactError(f"is not ONNX: {quote(said)}", name, "export it again")
         raise ExportError(
             f"the parser refuses {quote(said)}", name, "leave that operator out of the model, or bench ONNX"
         )
     if not network.num_outputs:
         raise ArtifactError("is not ONNX: it has no outputs", name, "export it again")
+
+
+def _fault(fault: Any) -> str:
+    where = f"{fault.node_operator()} ({fault.node_name()}): " if fault.node_operator() else ""
+    return f"{where}{fault.code().name}: {fault.desc()}"
 
 
 def _configure(trt: Any, config: Any, request: Mapping[str, Any]) -> None:
@@ -276,9 +281,10 @@ def new_context(trt: Any, engine: Any) -> Any:
     if trt.__name__ != "tensorrt_rtx":
         return engine.create_execution_context()
     # By default kernels for a new shape are compiled while others run: timings would change on the way.
-    config = engine.create_runtime_config()
-    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    return engine.create_execution_context(config)
+    runtime_config = engine.create_runtime_config()
+    eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
+    return engine.create_execution_context(runtime_config)
 
 
 def make_profiler(trt: Any) -> Any:

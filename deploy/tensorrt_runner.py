@@ -32,6 +32,7 @@ _DTYPES = {
     "BOOL": "bool",
     "BF16": "bfloat16",
 }
+_DEVICE = "cuda"
 _POISON = 255  # the byte that makes NaN of every floating-point type
 
 
@@ -86,14 +87,14 @@ class TorchBuffers:
         import torch
 
         with torch.cuda.stream(self.stream):
-            return torch.from_numpy(np.ascontiguousarray(array)).to("cuda")
+            return torch.from_numpy(np.ascontiguousarray(array)).to(_DEVICE)
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
         """Memory that holds anything."""
         import torch
 
         with torch.cuda.stream(self.stream):
-            return torch.empty(shape, dtype=getattr(torch, dtype), device="cuda")
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=_DEVICE)
 
     def poison(self, buffer: torch.Tensor) -> None:
         """Fill with bytes that are NaN."""
@@ -131,7 +132,7 @@ class PycudaBuffers:
             fix = "pip install 'compress-release[pycuda]', which needs a compiler and the CUDA toolkit"
             raise RunnerError(f"does not import: {error}", "pycuda", fix) from error
         self._cuda = pycuda.driver
-        self._own = self._cuda.Stream()
+        self._own = self._cuda.Stream()  # one that keeps its order with the copies of the default stream
         handle = self._own.handle
         self.stream = torch.cuda.ExternalStream(handle)  # type: ignore[no-untyped-call]  # torch has no types here
 
@@ -139,8 +140,7 @@ class PycudaBuffers:
         """A copy on the device."""
         array = np.ascontiguousarray(array)
         buffer = self.empty(array.shape, str(array.dtype))
-        self._cuda.memcpy_htod_async(buffer.memory, array, self._own)
-        self._own.synchronize()
+        self._cuda.memcpy_htod(buffer.memory, array)
         return buffer
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> _Allocation:
@@ -152,7 +152,7 @@ class PycudaBuffers:
 
     def poison(self, buffer: _Allocation) -> None:
         """Fill with bytes that are NaN."""
-        self._cuda.memset_d8_async(buffer.memory, _POISON, buffer.size, self._own)
+        self._cuda.memset_d8(buffer.memory, _POISON, buffer.size)
 
     def address(self, buffer: _Allocation) -> int:
         """Where the device finds it."""
@@ -161,8 +161,8 @@ class PycudaBuffers:
     def host(self, buffer: _Allocation) -> Array:
         """A copy on the host."""
         array = np.empty(buffer.shape, buffer.dtype)
-        self._cuda.memcpy_dtoh_async(array, buffer.memory, self._own)
         self._own.synchronize()
+        self._cuda.memcpy_dtoh(array, buffer.memory)
         return array
 
 

@@ -119,7 +119,7 @@ def build(
             **reply,
             **gpu,
             "platform": system_here(),
-            "options": asdict(options),
+            "options": asdict(options) | {"batches": list(options.batches)},
             "facts": dict(facts or {}),
             "rebuild": _command(onnx, engine, library, options, timing_cache),
         }
