@@ -79,6 +79,10 @@ def read(engine: Path, *, here: Mapping[str, Any]) -> tuple[bytes, dict[str, Any
             f"build it again: {sidecar['rebuild']}",
         )
     reason = _mismatch(sidecar, here)
+    if here["gpu"] is None and not reason:
+        what = "needs an NVIDIA GPU and driver, and PyTorch sees none here"
+        raise RunnerError(what, str(engine), "run it on a machine that has them")
+    reason = reason or _gpu_mismatch(sidecar, here) or _driver_mismatch(sidecar, here)
     if reason:
         raise RunnerError(reason, str(engine), f"build it again in its folder: {sidecar['rebuild']}")
     return content, sidecar
@@ -103,7 +107,7 @@ def read_sidecar(engine: Path) -> dict[str, Any]:
 
 
 def _mismatch(sidecar: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Why the engine must not run here, "" if it may."""
+    """Why the engine must not run with the library and system that are here, "" if it may."""
     library, built, now = sidecar["library"], sidecar["library_version"], here["library_version"]
     if library != here["library"]:
         return f"is an engine of {library}, not of {here['library']}"
@@ -112,9 +116,7 @@ def _mismatch(sidecar: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         return f"was built with {library} {built}, here is {now}"
     if library == "tensorrt" and sidecar["platform"] != here["platform"]:
         return f"was built on {sidecar['platform']}, here is {here['platform']}"
-    if here["gpu"] is None:
-        return "needs an NVIDIA GPU and driver, and PyTorch sees none here"
-    return _gpu_mismatch(sidecar, here) or _driver_mismatch(sidecar, here)
+    return ""
 
 
 def _gpu_mismatch(sidecar: Mapping[str, Any], here: Mapping[str, Any]) -> str:

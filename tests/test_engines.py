@@ -66,7 +66,6 @@ def test_a_sound_engine_is_read_with_its_sidecar(tmp_path: Path) -> None:
             {},
             rf"was built with tensorrt_rtx 1\.6\.0\.0, here is {trt.__version__}",
         ),
-        ({}, {"gpu": None}, "needs an NVIDIA GPU and driver, and PyTorch sees none here"),
         (
             {},
             {"compute_capability": "7.5"},
@@ -102,6 +101,13 @@ def test_an_engine_for_something_else_is_refused_with_the_rebuild_command(
     fix = "build it again in its folder: python -m deploy.to_tensorrt m.onnx m.engine"
     with pytest.raises(RunnerError, match=rf"m\.engine: {said}.*; {fix}$") as caught:
         check(engine, here=HERE | here)
+    assert caught.value.exit_code == 6
+
+
+def test_without_a_gpu_no_engine_runs(tmp_path: Path) -> None:
+    said = r"m\.engine: needs an NVIDIA GPU and driver, and PyTorch sees none here; run it on a machine that"
+    with pytest.raises(RunnerError, match=said) as caught:
+        check(written(tmp_path), here=HERE | {"gpu": None, "compute_capability": None, "driver": None})
     assert caught.value.exit_code == 6
 
 
