@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Array = NDArray[Any]
-ENGINES = ("tensorrt", "tensorrt_rtx")
-KINDS = ("torch", "torch_cuda", "onnxruntime", "onnxruntime_cuda", *ENGINES)
+KINDS = ("torch", "torch_cuda", "onnxruntime", "onnxruntime_cuda")
 
 
 class Runner(Protocol):
@@ -52,7 +51,7 @@ class Runner(Protocol):
 
 
 def open_runner(kind: str, artifact: nn.Module | Path, threads: int = 1) -> Runner:
-    """A runner of `kind` (one of KINDS): of a module for torch, an engine for ENGINES, else an ONNX file.
+    """A runner of `kind` (one of KINDS): a module for the torch kinds, an ONNX file for the others.
 
     `threads` is the number of CPU threads inside one operator. The module must be in eval mode; it is
     copied for the GPU, not for the CPU. A torch runner sets the thread count of the whole process until
@@ -64,15 +63,10 @@ def open_runner(kind: str, artifact: nn.Module | Path, threads: int = 1) -> Runn
         raise RunnerError(f"{threads} threads", kind, "use 1 or more")
     is_path = isinstance(artifact, Path)
     if is_path == kind.startswith("torch"):
-        wanted = f"the path of an {'engine' if kind in ENGINES else 'ONNX file'}"
-        wanted = "an nn.Module" if is_path else wanted
+        wanted = "an nn.Module" if is_path else "the path of an ONNX file"
         raise RunnerError(f"cannot run a {type(artifact).__name__}", kind, f"give it {wanted}")
     if kind.startswith("torch"):
         return TorchRunner(cast("nn.Module", artifact), threads, cuda=kind == "torch_cuda")
-    if kind in ENGINES:
-        from deploy.tensorrt_runner import open_tensorrt
-
-        return open_tensorrt(cast("Path", artifact), kind, threads)
     return OrtRunner(cast("Path", artifact), threads, cuda=kind == "onnxruntime_cuda")
 
 
@@ -314,7 +308,7 @@ def _check_package(name: str, module: str, extra: str) -> Availability:
     if importlib.util.find_spec(module.split(".")[0]) is None:
         return Availability(name, False, "not installed", f"pip install '{extra}'")
     version = _version(name, f"{name.replace('_', '-')}-cu13", f"{name.replace('_', '-')}-cu13-bindings")
-    failure = import_failure(module)
+    failure = _import_failure(module)
     if failure:
         return Availability(name, False, f"{version} does not import: {failure}", f"reinstall '{extra}'")
     driver = _check_driver()
@@ -323,7 +317,7 @@ def _check_package(name: str, module: str, extra: str) -> Availability:
     return Availability(name, True, version, "")
 
 
-def import_failure(module: str, timeout_s: float = 60.0) -> str:
+def _import_failure(module: str, timeout_s: float = 60.0) -> str:
     """Why `import module` fails in a fresh process, "" if it works."""
     try:
         done = subprocess.run(

@@ -217,7 +217,7 @@ def test_a_package_that_kills_its_process_is_reported(
 def test_an_import_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert runners.import_failure("sleeper", timeout_s=0.5) == "no answer within 0.5 s"
+    assert runners._import_failure("sleeper", timeout_s=0.5) == "no answer within 0.5 s"
 
 
 def test_the_module_imports_without_torch_and_onnxruntime() -> None:
