@@ -121,7 +121,7 @@ def _check_package(name: str, module: str, extra: str) -> Availability:
     if importlib.util.find_spec(module.split(".")[0]) is None:
         return Availability(name, False, "not installed", f"pip install '{extra}'")
     version = _version(name, f"{name.replace('_', '-')}-cu13", f"{name.replace('_', '-')}-cu13-bindings")
-    failure = _import_failure(module)
+    failure = import_failure(module)
     if failure:
         return Availability(name, False, f"{version} does not import: {failure}", f"reinstall '{extra}'")
     driver = _check_driver()
@@ -130,7 +130,7 @@ def _check_package(name: str, module: str, extra: str) -> Availability:
     return Availability(name, True, version, "")
 
 
-def _import_failure(module: str, timeout_s: float = 60.0) -> str:
+def import_failure(module: str, timeout_s: float = 60.0) -> str:
     """Why `import module` fails in a fresh process, "" if it works."""
     try:
         done = subprocess.run(

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.availability import import_failure
 from deploy.errors import ArtifactError, DeployError, ExportError, MeasureError, RunnerError
-from deploy.runners import ENGINES, import_failure
+from deploy.runners import ENGINE_KINDS
 
-LIBRARIES = ENGINES
+LIBRARIES = ENGINE_KINDS
 EXTRAS = {"tensorrt": "compress-release[tensorrt]", "tensorrt_rtx": "compress-release[tensorrt-rtx]"}
 _QUOTED_LINES, _QUOTED_CHARACTERS = 4, 900
 _ON_A_GPU = "build it on a machine with an NVIDIA GPU and driver"
@@ -129,7 +130,7 @@ def compile_network(request: Mapping[str, Any]) -> dict[str, Any]:
         "builder_level": config.builder_optimization_level,
         "timing_cache": {None: None, True: "reused", False: "new"}[reused],
         "warnings": log.warnings[:20],
-        "layers": _layers(trt, log, plan, request) if request["inspect"] else None,
+        "layers": _inspected(trt, log, plan, request) if request["inspect"] else None,
     }
 
 
@@ -235,13 +236,8 @@ def _use_timing_cache(config: Any, request: Mapping[str, Any]) -> bool | None:
     return False
 
 
-def _layers(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> list[Any]:
-    """The engine inspector's list of layers."""
-    opened = open_engine(trt, plan, trusts_host_code=request["version_compatible"], log=log)
-    inspector = opened.engine.create_engine_inspector()
-    inspector.execution_context = opened.context
-    document = json.loads(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-    return list(document["Layers"])
+def _inspected(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> list[Any]:
+    return layers(open_engine(trt, plan, trusts_host_code=request["version_compatible"], log=log))
 
 
 # -- running -------------------------------------------------------------------------------------------
@@ -287,16 +283,24 @@ def new_context(trt: Any, engine: Any) -> Any:
     return engine.create_execution_context(runtime_config)
 
 
+def layers(opened: Opened) -> list[Any]:
+    """The engine inspector's list of layers, in the library's own words."""
+    inspector = opened.engine.create_engine_inspector()
+    inspector.execution_context = opened.context
+    document = json.loads(inspector.get_engine_information(opened.trt.LayerInformationFormat.JSON))
+    return list(document["Layers"])
+
+
 def make_profiler(trt: Any) -> Any:
-    """A profiler whose `times` are milliseconds by layer name, one for each run, in order of execution."""
+    """A profiler whose `times` are milliseconds by layer name, in order of execution; a run adds to them."""
 
     class Profiler(trt.IProfiler):  # type: ignore[misc]  # the base comes from an untyped library
         def __init__(self) -> None:
             trt.IProfiler.__init__(self)
-            self.times: dict[str, list[float]] = {}
+            self.times: dict[str, float] = {}
 
         def report_layer_time(self, layer_name: str, ms: float) -> None:
-            self.times.setdefault(layer_name, []).append(ms)
+            self.times[layer_name] = self.times.get(layer_name, 0.0) + ms
 
     return Profiler()
 

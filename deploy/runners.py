@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 TORCH_KINDS = ("torch", "torch_compile", "torch_cuda", "torch_cuda_graph", "torch_cuda_compile")
 ORT_KINDS = ("onnxruntime", "onnxruntime_cuda", "onnxruntime_tensorrt", "onnxruntime_nvtensorrtrtx")
-KINDS = (*TORCH_KINDS, *ORT_KINDS)
+ENGINE_KINDS = ("tensorrt", "tensorrt_rtx")
+KINDS = (*TORCH_KINDS, *ORT_KINDS, *ENGINE_KINDS)
 
 
 class Runner(Protocol):
@@ -67,11 +68,11 @@ class StagedRunner(Runner, Protocol):
 def open_runner(
     kind: str, artifact: nn.Module | Path, threads: int = 1, *, precision: str = "fp32"
 ) -> Runner:
-    """A runner of `kind` (one of KINDS): a module for the torch kinds, an ONNX file for the others.
+    """A runner of `kind` (one of KINDS): of a module for torch, an engine for TensorRT, else an ONNX file.
 
     `threads` is the number of CPU threads inside one operator. The module must be in eval mode; it is
     copied for the GPU, not for the CPU. `precision`: fp32 is strict (no TF32), tf32 is for GPUs; fp16 and
-    bf16 are for torch on a GPU, an ONNX file has its own. A torch runner sets the thread count of the whole
+    bf16 are for torch on a GPU, a file has its own. A torch runner sets the thread count of the whole
     process until `close()`. Raises RunnerError for an unknown or unusable kind, ArtifactError for a damaged
     file.
     """
@@ -81,12 +82,17 @@ def open_runner(
         raise RunnerError(f"{threads} threads", kind, "use 1 or more")
     is_path = isinstance(artifact, Path)
     if is_path == (kind in TORCH_KINDS):
-        wanted = "an nn.Module" if is_path else "the path of an ONNX file"
+        wanted = "an engine" if kind in ENGINE_KINDS else "an ONNX file"
+        wanted = "an nn.Module" if is_path else f"the path of {wanted}"
         raise RunnerError(f"cannot run a {type(artifact).__name__}", kind, f"give it {wanted}")
     if kind in TORCH_KINDS:
         from deploy.torch_runners import open_torch
 
         return open_torch(kind, cast("nn.Module", artifact), threads, precision)
+    if kind in ENGINE_KINDS:
+        from deploy.tensorrt_runner import open_tensorrt
+
+        return open_tensorrt(cast("Path", artifact), kind, threads)
     from deploy.ort_runners import open_ort
 
     return open_ort(kind, cast("Path", artifact), threads, precision)

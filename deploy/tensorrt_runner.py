@@ -5,7 +5,7 @@ Memory, stream and CUDA graph are torch's; memory and stream can be pycuda's ins
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,13 +15,13 @@ import numpy as np
 from deploy import nvinfer
 from deploy.engines import read, this_machine
 from deploy.errors import RunnerError
-from deploy.runners import Array
+from deploy.runners import Array, check_outputs, poison_value
 
 if TYPE_CHECKING:
     import torch
 
 BUFFERS = ("torch", "pycuda")
-# TensorRT's names for types -> torch's, which are numpy's too but for the last.
+# TensorRT's names for the types that numpy has too.
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -30,10 +30,8 @@ _DTYPES = {
     "INT32": "int32",
     "INT64": "int64",
     "BOOL": "bool",
-    "BF16": "bfloat16",
 }
 _DEVICE = "cuda"
-_POISON = 255  # the byte that makes NaN of every floating-point type
 
 
 def open_tensorrt(
@@ -51,12 +49,26 @@ def open_tensorrt(
     plan, sidecar = read(path, here=this_machine(library))
     code = bool(sidecar["options"]["version_compatible"])
     opened = nvinfer.open_engine(nvinfer.load(library), plan, trusts_host_code=code)
-    memory = TorchBuffers() if buffers == "torch" else PycudaBuffers()
+    memory: Buffers = TorchBuffers() if buffers == "torch" else PycudaBuffers()
     return TensorRTRunner(opened, sidecar, memory, threads, cuda_graph=cuda_graph)
 
 
+class Pair(Protocol):
+    """A tensor on the device, found at `address`, and page-locked memory of its size on the host.
+
+    The copies are enqueued on the stream of the Buffers it comes from.
+    """
+
+    host: Array
+    device: Any
+    address: int
+
+    def copy_in(self) -> None: ...
+    def copy_out(self) -> None: ...
+
+
 class Buffers(Protocol):
-    """Device memory for tensors, and the stream on which everything happens in order.
+    """Where tensors come from, and the stream on which everything happens in order.
 
     `stream` is a torch stream in any case, so that events can be recorded on it.
     """
@@ -65,11 +77,7 @@ class Buffers(Protocol):
     def name(self) -> str: ...
     @property
     def stream(self) -> torch.cuda.Stream: ...
-    def put(self, array: Array) -> Any: ...
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any: ...
-    def poison(self, buffer: Any) -> None: ...
-    def address(self, buffer: Any) -> int: ...
-    def host(self, buffer: Any) -> Array: ...
+    def pair(self, shape: Sequence[int], dtype: str) -> Pair: ...
 
 
 class TorchBuffers:
@@ -82,38 +90,34 @@ class TorchBuffers:
 
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def put(self, array: Array) -> torch.Tensor:
-        """A copy on the device."""
-        import torch
-
-        with torch.cuda.stream(self.stream):
-            return torch.from_numpy(np.ascontiguousarray(array)).to(_DEVICE)
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    def pair(self, shape: Sequence[int], dtype: str) -> Pair:
         """Memory that holds anything."""
+        return _TorchPair(self.stream, shape, dtype)
+
+
+class _TorchPair:
+    def __init__(self, stream: torch.cuda.Stream, shape: Sequence[int], dtype: str) -> None:
         import torch
 
-        with torch.cuda.stream(self.stream):
-            return torch.empty(shape, dtype=getattr(torch, dtype), device=_DEVICE)
+        kind = getattr(torch, dtype)
+        self._stream = stream
+        self._pinned = torch.empty(tuple(shape), dtype=kind, pin_memory=_DEVICE == "cuda")
+        with torch.cuda.stream(stream):
+            self.device = torch.empty(tuple(shape), dtype=kind, device=_DEVICE)
+        self.host: Array = self._pinned.numpy()
+        self.address = self.device.data_ptr()
 
-    def poison(self, buffer: torch.Tensor) -> None:
-        """Fill with bytes that are NaN."""
+    def copy_in(self) -> None:
         import torch
 
-        with torch.cuda.stream(self.stream):
-            buffer.flatten().view(torch.uint8).fill_(_POISON)
+        with torch.cuda.stream(self._stream):
+            self.device.copy_(self._pinned, non_blocking=True)
 
-    def address(self, buffer: torch.Tensor) -> int:
-        """Where the device finds it."""
-        return buffer.data_ptr()
-
-    def host(self, buffer: torch.Tensor) -> Array:
-        """A copy on the host; bfloat16, which numpy lacks, as float32."""
+    def copy_out(self) -> None:
         import torch
 
-        with torch.cuda.stream(self.stream):
-            buffer = buffer.float() if buffer.dtype == torch.bfloat16 else buffer
-            return buffer.cpu().numpy()
+        with torch.cuda.stream(self._stream):
+            self._pinned.copy_(self.device, non_blocking=True)
 
 
 class PycudaBuffers:
@@ -132,49 +136,31 @@ class PycudaBuffers:
             fix = "pip install 'compress-release[pycuda]', which needs a compiler and the CUDA toolkit"
             raise RunnerError(f"does not import: {error}", "pycuda", fix) from error
         self._cuda = pycuda.driver
-        self._own = self._cuda.Stream()  # one that keeps its order with the copies of the default stream
+        self._own = self._cuda.Stream()
         handle = self._own.handle
-        self.stream = torch.cuda.ExternalStream(handle)  # type: ignore[no-untyped-call]  # torch has no types here
+        self.stream = torch.cuda.ExternalStream(handle)  # type: ignore[no-untyped-call]  # as above
 
-    def put(self, array: Array) -> _Allocation:
-        """A copy on the device."""
-        array = np.ascontiguousarray(array)
-        buffer = self.empty(array.shape, str(array.dtype))
-        self._cuda.memcpy_htod(buffer.memory, array)
-        return buffer
-
-    def empty(self, shape: tuple[int, ...], dtype: str) -> _Allocation:
+    def pair(self, shape: Sequence[int], dtype: str) -> Pair:
         """Memory that holds anything."""
-        if dtype == "bfloat16":
-            raise RunnerError("numpy has no bfloat16", "pycuda", 'use buffers "torch"')
-        size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
-        return _Allocation(self._cuda.mem_alloc(size), size, shape, dtype)
-
-    def poison(self, buffer: _Allocation) -> None:
-        """Fill with bytes that are NaN."""
-        self._cuda.memset_d8(buffer.memory, _POISON, buffer.size)
-
-    def address(self, buffer: _Allocation) -> int:
-        """Where the device finds it."""
-        return int(buffer.memory)
-
-    def host(self, buffer: _Allocation) -> Array:
-        """A copy on the host."""
-        array = np.empty(buffer.shape, buffer.dtype)
-        self._own.synchronize()
-        self._cuda.memcpy_dtoh(array, buffer.memory)
-        return array
+        return _PycudaPair(self._cuda, self._own, shape, dtype)
 
 
-class _Allocation:
-    """pycuda's memory does not know what lies in it."""
+class _PycudaPair:
+    def __init__(self, cuda: Any, stream: Any, shape: Sequence[int], dtype: str) -> None:
+        self._cuda, self._stream = cuda, stream
+        self.host: Array = cuda.pagelocked_empty(tuple(shape), np.dtype(dtype))
+        self.device = cuda.mem_alloc(max(self.host.nbytes, 1))
+        self.address = int(self.device)
 
-    def __init__(self, memory: Any, size: int, shape: tuple[int, ...], dtype: str) -> None:
-        self.memory, self.size, self.shape, self.dtype = memory, size, shape, dtype
+    def copy_in(self) -> None:
+        self._cuda.memcpy_htod_async(self.device, self.host, self._stream)
+
+    def copy_out(self) -> None:
+        self._cuda.memcpy_dtoh_async(self.host, self.device, self._stream)
 
 
 class TensorRTRunner:
-    """Runs one engine; `buffers` names whose memory it uses, `stream` is where it runs."""
+    """Runs one engine; a StagedRunner. `buffers` names whose memory it uses."""
 
     def __init__(
         self,
@@ -189,31 +175,36 @@ class TensorRTRunner:
         self.providers: tuple[str, ...] = (f"{self.name} {sidecar['library_version']}",)
         self.threads = threads
         self.timed = "compute, inputs and outputs on the GPU"
-        self.buffers, self.stream, self.cuda_graph = memory.name, memory.stream, cuda_graph
+        self.buffers, self.cuda_graph = memory.name, cuda_graph
+        self.stream: Any = memory.stream
         self._opened, self._memory = opened, memory
-        self._inputs, self._outputs = sidecar["inputs"], sidecar["outputs"]
-        self._held: list[Any] = []
-        self._results: list[Any] = []
+        self._ports = sidecar["inputs"], sidecar["outputs"]
+        self._inputs: dict[str, Pair] = {}
+        self._outputs: dict[str, Pair] = {}
         self._graph: Any = None
 
     def prepare(self, inputs: Sequence[Array]) -> None:
         """Copy the inputs to the device, make room for the outputs, capture the graph if asked for."""
-        if len(inputs) != len(self._inputs):
-            raise RunnerError(f"{len(inputs)} inputs given, the engine has {len(self._inputs)}", self.name)
+        ports = self._ports[0]
+        if len(inputs) != len(ports):
+            raise RunnerError(f"{len(inputs)} inputs given, the engine has {len(ports)}", self.name)
         self._graph = None
-        self._held = [self._give(*pair) for pair in zip(self._inputs, inputs, strict=True)]
+        self._inputs = {
+            port["name"]: self._give(port, array) for port, array in zip(ports, inputs, strict=True)
+        }
         try:
-            open_names = self._opened.context.infer_shapes()
+            unknown = self._opened.context.infer_shapes()
         except RuntimeError as error:
             raise RunnerError(f"input refused: {error}", self.name) from error
-        if open_names:
-            raise RunnerError(f"the shape of {', '.join(open_names)} stays open", self.name)
-        self._results = [self._take(port["name"]) for port in self._outputs]
+        if unknown:
+            raise RunnerError(f"the shape of {', '.join(unknown)} stays open", self.name)
+        self._outputs = {port["name"]: self._take(port["name"]) for port in self._ports[1]}
+        self.copy_in()
         self.stream.synchronize()
         if self.cuda_graph:
             self._capture()
 
-    def _give(self, port: Mapping[str, Any], array: Array) -> Any:
+    def _give(self, port: Mapping[str, Any], array: Array) -> Pair:
         name, dtype = port["name"], _DTYPES.get(port["dtype"], port["dtype"])
         if str(array.dtype) != dtype:
             raise RunnerError(f"input {name} is {array.dtype}, the engine takes {dtype}", self.name)
@@ -224,101 +215,119 @@ class TensorRTRunner:
                 self.name,
                 "build it for that range of batches",
             )
-        buffer = self._memory.put(array)
+        pair = self._memory.pair(array.shape, dtype)
+        pair.host[...] = array
         self._must(self._opened.context.set_input_shape(name, tuple(array.shape)), f"the shape of {name}")
-        self._bind(name, buffer)
-        return buffer
+        self._must(self._opened.context.set_tensor_address(name, pair.address), f"the memory of {name}")
+        return pair
 
-    def _take(self, name: str) -> Any:
+    def _take(self, name: str) -> Pair:
         shape = tuple(self._opened.context.get_tensor_shape(name))
         if -1 in shape:
             raise RunnerError(f"the shape of output {name} depends on the data", self.name)
         dtype = self._opened.engine.get_tensor_dtype(name).name
         if dtype not in _DTYPES:
             raise RunnerError(f"output {name} is {dtype}", self.name, "export it with float32 outputs")
-        buffer = self._memory.empty(shape, _DTYPES[dtype])
-        self._bind(name, buffer)
-        return buffer
-
-    def _bind(self, name: str, buffer: Any) -> None:
-        address = self._memory.address(buffer)
-        self._must(self._opened.context.set_tensor_address(name, address), f"the memory of {name}")
+        pair = self._memory.pair(shape, _DTYPES[dtype])
+        self._must(self._opened.context.set_tensor_address(name, pair.address), f"the memory of {name}")
+        return pair
 
     def _must(self, done: bool, what: str) -> None:
         if not done:
             raise RunnerError(f"{what} was refused: {nvinfer.quote(self._opened.log.errors)}", self.name)
 
-    def _execute(self, handle: int) -> None:
-        self._must(self._opened.context.execute_async_v3(handle), "the run")
+    def _execute(self) -> None:
+        self._must(self._opened.context.execute_async_v3(self.stream.cuda_stream), "the run")
 
     def _capture(self) -> None:
         """One run before, in which the library sets up what must not be part of a graph."""
         import torch
 
-        self._execute(self.stream.cuda_stream)
+        self._execute()
         self.stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
-                self._execute(self.stream.cuda_stream)
+                self._execute()
         except RuntimeError as error:
             raise RunnerError(f"no CUDA graph: {error}", self.name, "run it without cuda_graph") from error
         self._graph = graph
 
+    def copy_in(self) -> None:
+        """Enqueue the copies of the inputs to the GPU."""
+        for pair in self._inputs.values():
+            pair.copy_in()
+
     def enqueue(self) -> None:
-        """Start one run of the prepared inputs on `stream` without waiting for it."""
+        """Enqueue one run of the inputs, or the whole graph."""
         if self._graph is None:
-            self._execute(self.stream.cuda_stream)
+            self._execute()
             return
         import torch
 
         with torch.cuda.stream(self.stream):
             self._graph.replay()
 
+    def copy_out(self) -> None:
+        """Enqueue the copies of the outputs to page-locked host memory."""
+        for pair in self._outputs.values():
+            pair.copy_out()
+
     def __call__(self) -> Sequence[Any]:
         self.enqueue()
         self.stream.synchronize()
-        return self._results
+        return [pair.device for pair in self._outputs.values()]
+
+    def poison(self) -> None:
+        """Overwrite the outputs' memory."""
+        self.stream.synchronize()
+        for pair in self._outputs.values():
+            pair.host[...] = poison_value(pair.host.dtype)
+            pair.copy_in()
+
+    def outputs(self) -> tuple[Array, ...]:
+        """The last call's outputs as host arrays, in the order of the graph's outputs."""
+        self.copy_out()
+        self.stream.synchronize()
+        return tuple(pair.host.copy() for pair in self._outputs.values())
 
     def infer(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
-        """One run into memory full of NaN; outputs as host arrays, in the order of the graph's outputs.
-
-        Raises RunnerError if an output is as it was: libraries on GPUs that they do not fit are known to run
-        without an error and without a result.
-        """
+        """One run of these inputs into poisoned memory: what was not written is an error, not a result."""
         self.prepare(inputs)
-        for buffer in self._results:
-            self._memory.poison(buffer)
-        outputs = tuple(self._memory.host(buffer) for buffer in self())
-        for port, output in zip(self._outputs, outputs, strict=True):
-            if output.size and output.dtype.kind == "f" and np.isnan(output).all():
-                what = f"output {port['name']} is all NaN, as the memory was before the run"
-                raise RunnerError(what, self.name, "do not use this engine on this GPU")
-        return outputs
+        check_outputs(self)
+        return self.outputs()
 
-    def layer_times(self, calls: int) -> dict[str, list[float]]:
-        """Milliseconds of each of `calls` runs of the prepared inputs, by layer in order of execution.
+    def layer_times(self, calls: int) -> tuple[list[dict[str, float]], list[float]]:
+        """Of each of `calls` runs of the prepared inputs: ms by layer in order of execution, and ms in all.
 
         In a context of its own, without a CUDA graph: being watched costs time.
         """
         opened, profiler = self._opened, nvinfer.make_profiler(self._opened.trt)
         context = nvinfer.new_context(opened.trt, opened.engine)
-        self._must(context is not None, "a context for profiling")
-        for port, buffer in zip((*self._inputs, *self._outputs), (*self._held, *self._results), strict=True):
-            name = port["name"]
-            if port in self._inputs:
-                context.set_input_shape(name, tuple(opened.context.get_tensor_shape(name)))
-            context.set_tensor_address(name, self._memory.address(buffer))
+        self._must(context is not None, "a context for the profile")
+        for name, pair in self._inputs.items():
+            self._must(context.set_input_shape(name, tuple(pair.host.shape)), f"the shape of {name}")
+        for name, pair in (self._inputs | self._outputs).items():
+            self._must(context.set_tensor_address(name, pair.address), f"the memory of {name}")
         context.profiler = profiler
+        layers, whole = [], []
         for _ in range(calls):
+            profiler.times = {}
+            started = time.perf_counter()
             self._must(context.execute_async_v3(self.stream.cuda_stream), "the run")
             self.stream.synchronize()
-        times: dict[str, list[float]] = profiler.times
-        return times
+            whole.append(1000 * (time.perf_counter() - started))
+            layers.append(profiler.times)
+        return layers, whole
+
+    def layers(self) -> list[Any]:
+        """What the engine's inspector says about its layers."""
+        return nvinfer.layers(self._opened)
 
     def close(self) -> None:
         """Drop graph and memory; the engine's goes with the runner."""
-        self._graph, self._held, self._results = None, [], []
+        self._graph = None
+        self._inputs, self._outputs = {}, {}
 
 
 def _within(shape: Sequence[int], port: Mapping[str, Any]) -> bool:

@@ -10,13 +10,14 @@ import torch
 from deploy import availability
 from deploy.availability import Availability, available
 from deploy.errors import RunnerError
-from deploy.runners import KINDS, open_runner
+from deploy.runners import ORT_KINDS, TORCH_KINDS, open_runner
 
 
 def test_available_lists_everything_and_gives_a_fix_for_what_is_not_usable() -> None:
     found = {entry.name: entry for entry in available()}
     assert list(found) == [
-        *KINDS,
+        *TORCH_KINDS,
+        *ORT_KINDS,
         "cuda driver",
         "tensorrt",
         "tensorrt_rtx",
@@ -62,7 +63,7 @@ def test_a_package_that_kills_its_process_is_reported(
 def test_an_import_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert availability._import_failure("sleeper", timeout_s=0.5) == "no answer within 0.5 s"
+    assert availability.import_failure("sleeper", timeout_s=0.5) == "no answer within 0.5 s"
 
 
 def test_a_missing_compiler_is_named_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
