@@ -1,8 +1,8 @@
 """TensorRT 10.16 and 11 and TensorRT-RTX 1.7 by the names that all three have.
 
 These libraries say None or False where others raise, and tell the reason to a logger; they may also take the
-process down. So a network is compiled in a process of its own (`python -m deploy.nvinfer`, a request on
-stdin, the answer on stdout), and what the logger heard is quoted in the error that is raised.
+process down. So a network is compiled in a process of its own (`main`: a request on stdin, the answer on
+stdout), and what the logger heard is quoted in the error that is raised.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deploy.runners import ENGINE_KINDS
 
 LIBRARIES = ENGINE_KINDS
 EXTRAS = {"tensorrt": "compress-release[tensorrt]", "tensorrt_rtx": "compress-release[tensorrt-rtx]"}
-_QUOTED_LINES, _QUOTED_CHARACTERS = 4, 900
+_QUOTED_LINES, _QUOTED_CHARACTERS, _KEPT_WARNINGS = 4, 900, 20
 _ON_A_GPU = "build it on a machine with an NVIDIA GPU and driver"
 # Words in a library's error -> whose fault it is, and what helps.
 _CAUSES: tuple[tuple[str, type[DeployError], str], ...] = (
@@ -129,8 +129,8 @@ def compile_network(request: Mapping[str, Any]) -> dict[str, Any]:
         "workspace_bytes": config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE),
         "builder_level": config.builder_optimization_level,
         "timing_cache": {None: None, True: "reused", False: "new"}[reused],
-        "warnings": log.warnings[:20],
         "layers": _inspected(trt, log, plan, request) if request["inspect"] else None,
+        "warnings": log.warnings[:_KEPT_WARNINGS],
     }
 
 
@@ -236,8 +236,13 @@ def _use_timing_cache(config: Any, request: Mapping[str, Any]) -> bool | None:
     return False
 
 
-def _inspected(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> list[Any]:
-    return layers(open_engine(trt, plan, trusts_host_code=request["version_compatible"], log=log))
+def _inspected(trt: Any, log: Any, plan: Any, request: Mapping[str, Any]) -> list[Any] | None:
+    """The layers; None with a warning where the GPU at hand is not one that the engine is for."""
+    try:
+        return layers(open_engine(trt, plan, trusts_host_code=request["version_compatible"], log=log))
+    except RunnerError as error:
+        log.warnings.insert(0, f"layers were not inspected: {error.what}")
+        return None
 
 
 # -- running -------------------------------------------------------------------------------------------
@@ -320,7 +325,3 @@ def main() -> None:
         reply = {"error": "OSError", "args": [error.errno, error.strerror]}
     with os.fdopen(answer, "w", encoding="utf-8") as stdout:
         json.dump(reply, stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -55,9 +55,9 @@ class EngineOptions:
     compute_capability: str | None = None
 
     def __post_init__(self) -> None:
-        least, best, most = self.batches
-        if not 1 <= least <= best <= most:
-            raise MeasureError(f"{least}, {best}, {most} is no range", "batches", "give least, best, most")
+        if len(self.batches) != 3 or not 1 <= self.batches[0] <= self.batches[1] <= self.batches[2]:
+            shown = ", ".join(map(str, self.batches))
+            raise MeasureError(f"{shown} is no range", "batches", "give least, best, most")
         if self.workspace_mib is not None and self.workspace_mib < 1:
             raise MeasureError(f"{self.workspace_mib} MiB", "workspace_mib", "give 1 or more")
         if self.builder_level is not None and not 0 <= self.builder_level <= 5:

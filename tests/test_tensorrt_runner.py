@@ -258,7 +258,11 @@ def test_layer_times_come_by_run_and_layer(runner: TensorRTRunner) -> None:
 def test_the_inspector_lists_the_layers(runner: TensorRTRunner, context: Context) -> None:
     assert runner.layers() == [{"Name": "sum"}]
     request = {"version_compatible": False}
-    assert nvinfer._inspected(library(context), nvinfer.make_log(trt), b"", request) == [{"Name": "sum"}]
+    log = nvinfer.make_log(trt)
+    assert nvinfer._inspected(library(context), log, b"", request) == [{"Name": "sum"}]
+    log.errors.append("not for this GPU")
+    assert nvinfer._inspected(library(context, engine=False), log, b"", request) is None
+    assert log.warnings == ["layers were not inspected: the engine does not load: not for this GPU"]
 
 
 # -- memory --------------------------------------------------------------------------------------------

@@ -284,6 +284,7 @@ def test_an_unknown_reason_is_quoted_shortened() -> None:
     ("values", "said"),
     [
         ({"batches": (8, 4, 1)}, "batches: 8, 4, 1 is no range; give least, best, most"),
+        ({"batches": (1, 8)}, "batches: 1, 8 is no range; give least, best, most"),
         ({"batches": (0, 1, 1)}, "batches: 0, 1, 1 is no range; give least, best, most"),
         ({"workspace_mib": 0}, "workspace_mib: 0 MiB; give 1 or more"),
         ({"builder_level": 6}, "builder_level: 6 is no level; give 0 to 5"),
