@@ -202,8 +202,8 @@ ONLY_RTX = {
     "num_compute_capabilities",
     "set_compute_capability",
     "create_runtime_config",
+    "DynamicShapesKernelSpecializationStrategy",
 }
-ONLY_RTX |= {"DynamicShapesKernelSpecializationStrategy"}
 
 
 def names_used(module: ModuleType, library: ModuleType) -> Iterator[tuple[Any, str]]:
