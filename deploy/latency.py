@@ -3,21 +3,27 @@
 Comparing two means cries wolf on a busy machine. Here the runners take turns (A B, B A, ...: random order
 in each round), so that a slow spell of the machine hits all of them, and a difference is only called one
 when the interval over rounds and a minimum effect agree. All times are in milliseconds.
+
+On a GPU a sample is the compute time of one call between CUDA events; copies and enqueueing are apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from deploy import telemetry
 from deploy.errors import MeasureError
+from deploy.gpu_latency import BY_CLOCK, BY_EVENTS, Stages, Stopwatch, enqueue_warning
 from deploy.parity import normal_inputs
-from deploy.runners import Runner
+from deploy.runners import Runner, StagedRunner, check_outputs
 
 WARMUP_SECONDS = 0.2  # trtexec's default
 LEAST_SAMPLES = 10  # per runner, trtexec's default
@@ -36,6 +42,8 @@ class Latency:
 
     `repeats_ms` holds every sample, one tuple per round, warm-up not included. `first_ms` is the very first
     call. `cv` is the coefficient of variation (standard deviation / mean). `timed` says what a call spans.
+    `gpu`, on a GPU only: statistics of h2d, compute, d2h and enqueue in ms, `by` what they were timed, and
+    the `telemetry` of the whole measurement.
     """
 
     runner: str
@@ -55,12 +63,15 @@ class Latency:
     throughput_per_s: float
     first_ms: float
     warnings: tuple[str, ...]
+    gpu: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The row of results.json: samples in one list, in time order, rounded to 1 ns."""
         row = {key: value for key, value in vars(self).items() if key != "repeats_ms"}
         row["samples_ms"] = [round(sample, 6) for repeat in self.repeats_ms for sample in repeat]
         row["warnings"] = list(self.warnings)
+        if self.gpu is None:
+            del row["gpu"]
         return row
 
 
@@ -96,12 +107,16 @@ def measure(
     warmup_seconds: float = WARMUP_SECONDS,
     clock: Clock = time.perf_counter,
     progress: Progress = lambda done, of: None,
+    stopwatch: Stopwatch | None = None,
+    watch: Callable[[], telemetry.Telemetry] = lambda: telemetry.Telemetry(telemetry.current_gpu()),
 ) -> Measurement:
     """Time runners (model name -> runner; the first is the baseline) on normal inputs of `batch`.
 
     Each runner is warmed up for `warmup_seconds`, then timed in `repeats` rounds for at least `seconds` and
     10 calls in all. `seed` fixes inputs and orders. `progress(done, repeats)` is called after each round;
-    an exception from it ends the measurement. Raises MeasureError for a request that cannot be timed.
+    an exception from it ends the measurement. Staged runners are timed by `stopwatch` while `watch()` looks
+    at the GPU. Raises MeasureError for a request that cannot be timed, RunnerError for a runner that leaves
+    its outputs unwritten.
     """
     if not runners or batch < 1 or repeats < 1 or not 0 <= seconds < float("inf"):
         raise MeasureError(
@@ -114,9 +129,22 @@ def measure(
     for name, runner in runners.items():
         runner.prepare(inputs)
         first_ms[name] = _warm_up(runner, warmup_seconds, clock)
-    samples = _rounds(runners, repeats, seconds, np.random.default_rng(seed), clock, progress)
+        check_outputs(runner)
+    timer = _Timer(clock, stopwatch or Stopwatch(clock=clock))
+    staged = any(isinstance(runner, StagedRunner) for runner in runners.values())
+    with watch() if staged else contextlib.nullcontext() as looks:
+        samples = _rounds(runners, repeats, seconds, np.random.default_rng(seed), timer, progress)
+    seen = looks.summary() if looks else None
     latency = tuple(
-        summarize(samples[name], runner=runner, model=name, batch=batch, first_ms=first_ms[name])
+        summarize(
+            samples[name],
+            runner=runner,
+            model=name,
+            batch=batch,
+            first_ms=first_ms[name],
+            stages=timer.stages.get(id(runner), ()),
+            seen=seen,
+        )
         for name, runner in runners.items()
     )
     baseline, *others = latency
@@ -125,6 +153,35 @@ def measure(
         for other in others
     )
     return Measurement(latency, tuple(pairs))
+
+
+class _Timer:
+    """Times calls: whole ones by the clock, those of staged runners in stages, which it keeps by runner."""
+
+    def __init__(self, clock: Clock, stopwatch: Stopwatch) -> None:
+        self.clock, self._stopwatch = clock, stopwatch
+        self.stages: dict[int, list[Stages]] = {}
+
+    def block(self, runner: Runner, least: int, seconds: float) -> tuple[float, ...]:
+        """One turn: times in ms of `least` calls or of `seconds`, whichever is longer."""
+        if isinstance(runner, StagedRunner):
+            return self._staged_block(runner, least, seconds)
+        times: list[float] = []
+        begin = before = self.clock()
+        while len(times) < least or before - begin < seconds:
+            runner()
+            after = self.clock()
+            times.append((after - before) * 1e3)
+            before = after
+        return tuple(times)
+
+    def _staged_block(self, runner: StagedRunner, least: int, seconds: float) -> tuple[float, ...]:
+        found: list[Stages] = []
+        begin = self.clock()
+        while len(found) < least or self.clock() - begin < seconds:
+            found.append(self._stopwatch.time(runner))
+        self.stages.setdefault(id(runner), []).extend(found)
+        return tuple(stage.compute_ms for stage in found)
 
 
 def _warm_up(runner: Runner, seconds: float, clock: Clock) -> float:
@@ -143,7 +200,7 @@ def _rounds(
     repeats: int,
     seconds: float,
     random: np.random.Generator,
-    clock: Clock,
+    timer: _Timer,
     progress: Progress,
 ) -> dict[str, list[tuple[float, ...]]]:
     names = list(runners)
@@ -155,7 +212,7 @@ def _rounds(
         for done in range(repeats):
             for index in random.permutation(len(names)):
                 name = names[index]
-                samples[name].append(_block(runners[name], least, seconds / repeats, clock))
+                samples[name].append(timer.block(runners[name], least, seconds / repeats))
             gc.collect(0)
             progress(done + 1, repeats)
     finally:
@@ -164,26 +221,39 @@ def _rounds(
     return samples
 
 
-def _block(runner: Runner, least: int, seconds: float, clock: Clock) -> tuple[float, ...]:
-    """One turn: call times in ms, `least` calls or `seconds`, whichever is longer."""
-    times: list[float] = []
-    begin = before = clock()
-    while len(times) < least or before - begin < seconds:
-        runner()
-        after = clock()
-        times.append((after - before) * 1e3)
-        before = after
-    return tuple(times)
+def statistics(values_ms: Sequence[float] | NDArray[np.float64]) -> dict[str, float]:
+    """min, median, mean, p90, p95, p99, max and cv; percentiles by linear interpolation (numpy's default)."""
+    flat = np.asarray(values_ms, dtype=np.float64)
+    mean = float(flat.mean())
+    median, p90, p95, p99 = (float(value) for value in np.percentile(flat, (50, 90, 95, 99)))
+    return {
+        "min": float(flat.min()),
+        "median": median,
+        "mean": mean,
+        "p90": p90,
+        "p95": p95,
+        "p99": p99,
+        "max": float(flat.max()),
+        "cv": float(flat.std()) / mean if mean > 0 else 0.0,
+    }
 
 
 def summarize(
-    repeats_ms: Sequence[Sequence[float]], *, runner: Runner, model: str, batch: int, first_ms: float
+    repeats_ms: Sequence[Sequence[float]],
+    *,
+    runner: Runner,
+    model: str,
+    batch: int,
+    first_ms: float,
+    stages: Sequence[Stages] = (),
+    seen: dict[str, Any] | None = None,
 ) -> Latency:
-    """The statistics of raw samples; percentiles by linear interpolation (numpy's default)."""
+    """The statistics of raw samples; of `stages` and the telemetry `seen` during them, if there are any."""
     flat = np.concatenate([np.asarray(repeat, dtype=np.float64) for repeat in repeats_ms])
-    mean = float(flat.mean())
-    cv = float(flat.std()) / mean if mean > 0 else 0.0
-    median, p90, p95, p99 = (float(value) for value in np.percentile(flat, (50, 90, 95, 99)))
+    found = statistics(flat)
+    warnings = [*_warnings(flat.size, len(repeats_ms), found["cv"])]
+    if stages:
+        warnings += [*filter(None, [enqueue_warning(stages)]), *telemetry.warnings(seen)]
     return Latency(
         runner=runner.name,
         model=model,
@@ -191,18 +261,21 @@ def summarize(
         threads=runner.threads,
         timed=runner.timed,
         repeats_ms=tuple(tuple(repeat) for repeat in repeats_ms),
-        min=float(flat.min()),
-        median=median,
-        mean=mean,
-        p90=p90,
-        p95=p95,
-        p99=p99,
-        max=float(flat.max()),
-        cv=cv,
-        throughput_per_s=batch / mean * 1e3 if mean > 0 else 0.0,
+        throughput_per_s=batch / found["mean"] * 1e3 if found["mean"] > 0 else 0.0,
         first_ms=first_ms,
-        warnings=_warnings(flat.size, len(repeats_ms), cv),
+        warnings=tuple(warnings),
+        gpu=_gpu(stages, seen) if stages else None,
+        **found,
     )
+
+
+def _gpu(stages: Sequence[Stages], seen: dict[str, Any] | None) -> dict[str, Any]:
+    by_events = stages[0].enqueue_ms is not None
+    found: dict[str, Any] = {"by": BY_EVENTS if by_events else BY_CLOCK}
+    for field in fields(Stages):
+        values = [value for stage in stages if (value := getattr(stage, field.name)) is not None]
+        found[field.name.removesuffix("_ms")] = statistics(values) if values else None
+    return found | {"telemetry": seen}
 
 
 def _warnings(samples: int, repeats: int, cv: float) -> tuple[str, ...]:

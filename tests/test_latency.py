@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploy.errors import MeasureError
+from deploy.errors import MeasureError, RunnerError
 from deploy.latency import Latency, measure, speedup, summarize
 from deploy.runners import Array, open_runner
 
@@ -49,6 +49,11 @@ class Fake:
         self.log.append(self.label)
         return ()
 
+    def poison(self) -> None: ...
+
+    def outputs(self) -> tuple[Array, ...]:
+        return ()
+
     def infer(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
         return ()
 
@@ -65,7 +70,7 @@ def test_rounds_are_pairs_in_random_seeded_order() -> None:
         log: list[str] = []
         runners = {label: Fake(label, clock, [0.01], log) for label in "ab"}
         measure(runners, [(3,)], 1, repeats=30, seconds=0, seed=seed, warmup_seconds=0, clock=clock)
-        return log[4:]  # two warm-up calls of each
+        return log[6:]  # two warm-up calls and a check of each
 
     log = order(0)
     pairs = [tuple(log[index : index + 2]) for index in range(0, len(log), 2)]
@@ -82,7 +87,7 @@ def test_warm_up_and_first_call_are_kept_out_of_the_samples() -> None:
         {"m": runner}, [(3,)], 4, repeats=4, seconds=1.0, warmup_seconds=6.0, clock=clock
     ).latency
     assert found.first_ms == pytest.approx(5000)
-    assert runner.calls == 1 + 16 + 16  # the first, 16 more until 6 s are over, 1 s of timing
+    assert runner.calls == 1 + 16 + 1 + 16  # the first, more until 6 s are over, a check, 1 s of timing
     assert found.repeats_ms == ((62.5,) * 4,) * 4
     assert found.throughput_per_s == 4 / 0.0625
     assert runner.prepared[0].shape == (4, 3)
@@ -266,3 +271,19 @@ def test_a_real_model_a_hundred_times_larger_is_slower() -> None:
     assert all(isinstance(latency, Latency) and latency.min > 0 for latency in found.latency)
     assert found.latency[0].threads == 1
     assert torch.get_num_threads() == 1
+
+
+def test_a_runner_that_leaves_its_outputs_unwritten_is_not_timed() -> None:
+    class Silent(Fake):
+        def outputs(self) -> tuple[Array, ...]:
+            return (np.array([1.0, np.nan]),)
+
+    runner = Silent("a", Clock(), [1.0])
+    with pytest.raises(RunnerError, match=r"^fake: output 0 was not written"):
+        measure({"m": runner}, [(3,)], 1, 3, 0.1, warmup_seconds=0, clock=runner.clock)
+
+
+def test_rows_of_cpu_runners_have_no_gpu() -> None:
+    found = summarize([[1.0]], runner=Fake("a", Clock(), [1.0]), model="m", batch=1, first_ms=1)
+    assert found.gpu is None
+    assert "gpu" not in found.as_dict()
