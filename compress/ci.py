@@ -77,7 +77,8 @@ class Files:
         said = ""
         if self.summary is not None:
             said = summary.render(results) if results else summary.unfinished([(n, s) for n, s, _ in stages])
-        self._write(junit.render(results), openmetrics.render(results), said, [])
+        metrics = openmetrics.render(results) if results else None
+        self._write(junit.render(results), metrics, said, [])
 
     def _write(self, junit: str, metrics: str | None, summary: str, found: Sequence[Fault]) -> None:
         for path, content in ((self.junit, junit), (self.metrics, metrics), (self.summary, summary)):

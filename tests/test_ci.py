@@ -49,6 +49,7 @@ def test_a_run_that_is_not_judged_says_so(capfd: Capture, fake: Fake) -> None:
     assert call(capfd, "run", "--until", "prune", *EVERYTHING)[0] == 0
     assert ElementTree.parse("j.xml").getroot().attrib["skipped"] == "1"
     assert Path("s.md").read_text().endswith("| train | done |\n| prune | cached |\n")
+    assert not Path("m.txt").exists()
 
 
 def test_a_dry_run_writes_nothing(capfd: Capture, fake: Fake) -> None:
