@@ -39,7 +39,7 @@ SECTIONS = {
     "Start": ("init", "doctor", "inspect", "plan", "study"),
     "Everything at once": ("run",),
     "One stage (those before it must be done)": STAGES,
-    "Results": ("compare", "verify"),
+    "Results": ("compare", "verify", "release"),
     "Tools": ("schema", "completion"),
 }
 
@@ -390,6 +390,28 @@ def verify(screen: Screen, folder: str) -> Answer:
     value = {"run": folder, "problems": [asdict(problem) for problem in found]}
     code = 8 if found else 0
     return Answer(value, lambda screen: show_problems(screen.out, found, Path(folder)), exit_code=code)
+
+
+@cli.answering("release")
+@click.argument("run", type=click.Path())
+@click.option("-o", "--out", "folder", type=click.Path(), metavar="FOLDER", required=True, help="Where to.")
+@click.option(
+    "--name", default="", help="What the model is called there; by its name in the config if not given."
+)
+@click.option("--force", is_flag=True, help="Hand it over without a passing verdict; its model card says so.")
+def release(screen: Screen, run: str, folder: str, name: str, force: bool) -> Answer:
+    """Hand over a finished run as a folder that others can serve. Exits with 5 unless its verdict is a pass.
+
+    FOLDER gets the ONNX file, engines, a Triton model repository, a model card and checksums.
+    """
+    from compress.handover import hand_over
+    from compress.show import verdict_line
+
+    with screen.events("reading the run"):
+        found = hand_over(Path(run), Path(folder), name=name, force=force)
+    said = f"handed over to {folder}: {len(found.paths)} files; describe the model's use in its README.md"
+    value = {"folder": folder, "files": found.paths, "verdict": found.verdict, "forced": found.forced}
+    return Answer(value, lambda screen: verdict_line(screen.out, found.verdict, said))
 
 
 @cli.answering("schema")

@@ -61,9 +61,9 @@ def render(results: Mapping[str, Any]) -> Report:
     Raises MeasureError when the results were written in another version of the format.
     """
     _check_version(results)
-    view = _view(results) | {"charts": charts.draw(results)}
+    page = view(results) | {"charts": charts.draw(results)}
     return Report(
-        html=_fitting("report.html.j2", view, HTML_LIMITS, HTML_BYTES), markdown=render_markdown(results)
+        html=_fitting("report.html.j2", page, HTML_LIMITS, HTML_BYTES), markdown=render_markdown(results)
     )
 
 
@@ -77,7 +77,7 @@ def render_markdown(
     Raises MeasureError as `render` does.
     """
     _check_version(results)
-    return _fitting("report.md.j2", _view(results), limits, most)
+    return _fitting("report.md.j2", view(results), limits, most)
 
 
 def _check_version(results: Mapping[str, Any]) -> None:
@@ -88,8 +88,8 @@ def _check_version(results: Mapping[str, Any]) -> None:
         raise MeasureError(what, "results.json", "write the results again with this release")
 
 
-def _view(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything both templates say, as plain texts and tables."""
+def view(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the templates say, as plain texts and tables."""
     gates, provenance = rows(results, "gates"), section(results, "provenance")
     verdict = _verdict(gates)
     config = provenance.get("config")
