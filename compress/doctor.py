@@ -146,7 +146,7 @@ def _runtimes(*, ready: bool) -> tuple[Check, ...]:
     if not ready:
         return (Check("runtimes", "all", "off", "not looked at: something required is missing"),)
     try:
-        from deploy.runners import available
+        from deploy.availability import available
 
         found = available()
     except Exception as error:  # a broken installation can raise anything when it is imported

@@ -17,6 +17,9 @@ VERSIONS_OF = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxscript",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "pycuda",
     "numpy",
     "scipy",
 )

@@ -192,7 +192,7 @@ def _run_exporter(model: nn.Module, inputs: tuple[Tensor, ...], opset: int | Non
     import torch
 
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 inputs,
@@ -210,7 +210,7 @@ def _run_exporter(model: nn.Module, inputs: tuple[Tensor, ...], opset: int | Non
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Drop what the exporter prints, warns and logs: stdout is for results, and on a failure it prints
     whole graphs and logs tracebacks before it raises an exception that says it all."""
     disabled = logging.root.manager.disable

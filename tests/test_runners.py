@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from deploy import runners
+from deploy import ort_runners, runners
 from deploy.errors import ArtifactError, RunnerError
-from deploy.runners import Availability, available, open_runner
+from deploy.runners import StagedRunner, check_outputs, open_runner
 from deploy.to_onnx import export
 
 NO_CUDA = not torch.cuda.is_available()
@@ -61,7 +62,7 @@ def test_nested_outputs_come_in_the_order_of_the_export() -> None:
 
 def test_onnxruntime_session_has_the_threads_asked_for_and_one_provider(onnx_file: Path) -> None:
     runner = open_runner("onnxruntime", onnx_file, threads=2)
-    assert isinstance(runner, runners.OrtRunner)
+    assert isinstance(runner, ort_runners.OrtRunner)
     options = runner._session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
     assert runner.providers == ("CPUExecutionProvider",)
@@ -83,7 +84,7 @@ def test_a_provider_other_than_the_one_asked_for_is_refused(
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]
 
-    monkeypatch.setattr(runners, "_session", lambda *_: Fallen())
+    monkeypatch.setattr(ort_runners, "_session", lambda *_: Fallen())
     with pytest.raises(
         RunnerError, match="CUDAExecutionProvider was asked for, CPUExecutionProvider came"
     ) as caught:
@@ -142,7 +143,7 @@ def test_a_damaged_file_is_an_artifact_error(
 
 def test_wrong_requests_are_refused_with_the_remedy(net: nn.Module, onnx_file: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        RunnerError, match=r"^tensorrt9: unknown runner; use one of torch, torch_cuda, onnxruntime"
+        RunnerError, match=r"^tensorrt9: unknown runner; use one of torch, torch_compile, torch_cuda, "
     ):
         open_runner("tensorrt9", onnx_file)
     with pytest.raises(RunnerError, match=r"^torch: 0 threads; use 1 or more"):
@@ -165,62 +166,94 @@ def test_wrong_inputs_are_refused(onnx_file: Path) -> None:
         runner.infer((X[:, :3],))
 
 
-def test_available_lists_everything_and_gives_a_fix_for_what_is_not_usable() -> None:
-    found = {entry.name: entry for entry in available()}
-    assert list(found) == [
-        "torch",
-        "torch_cuda",
-        "onnxruntime",
-        "onnxruntime_cuda",
-        "cuda driver",
-        "tensorrt",
-        "tensorrt_rtx",
-        "pycuda",
-    ]
-    assert found["torch"] == Availability("torch", True, torch.__version__.split("+")[0], "")
-    assert found["onnxruntime"].usable
-    assert all(entry.usable != bool(entry.fix) for entry in found.values())
-    assert all(entry.detail for entry in found.values())
-    assert found["torch_cuda"].usable == torch.cuda.is_available()
-
-
-def test_available_survives_a_check_that_crashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Availability:
-        raise OSError("libnvinfer.so.11: cannot open shared object file")
-
-    monkeypatch.setattr(runners, "_check_torch_cuda", broken)
-    entry = {entry.name: entry for entry in available()}["torch_cuda"]
-    assert entry == Availability(
-        "torch_cuda",
-        False,
-        "OSError: libnvinfer.so.11: cannot open shared object file",
-        "reinstall torch_cuda",
-    )
-
-
-def test_a_package_that_kills_its_process_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tensorrt.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
-    (tmp_path / "pycuda").mkdir()
-    (tmp_path / "pycuda" / "__init__.py").write_text("")
-    (tmp_path / "pycuda" / "driver.py").write_text("raise ImportError('libcuda.so.1: cannot open')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    found = {entry.name: entry for entry in available()}
-    assert "killed by signal 11" in found["tensorrt"].detail
-    assert found["tensorrt"].fix == "reinstall 'compress-release[tensorrt]'"
-    assert "ImportError: libcuda.so.1: cannot open" in found["pycuda"].detail
-    assert not found["pycuda"].usable
-
-
-def test_an_import_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert runners._import_failure("sleeper", timeout_s=0.5) == "no answer within 0.5 s"
-
-
 def test_the_module_imports_without_torch_and_onnxruntime() -> None:
-    code = "import sys, deploy.runners; print({'torch', 'onnx', 'onnxruntime'} & set(sys.modules))"
+    code = "import sys, deploy.availability; print({'torch', 'onnx', 'onnxruntime'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_outputs_are_poisoned_and_written_again(onnx_file: Path, net: nn.Module) -> None:
+    for kind, artifact in (("torch", net), ("onnxruntime", onnx_file)):
+        runner = open_runner(kind, artifact)
+        (expected,) = runner.infer((X,))
+        check_outputs(runner)
+        np.testing.assert_array_equal(runner.outputs()[0], expected)
+        runner.close()
+
+
+def test_a_run_that_writes_nothing_is_caught(onnx_file: Path) -> None:
+    runner = open_runner("onnxruntime", onnx_file)
+    assert isinstance(runner, ort_runners.OrtRunner)
+    runner.prepare((X,))
+    runner()
+    runner._session = SimpleNamespace(
+        get_outputs=runner._session.get_outputs, run_with_iobinding=lambda binding: None
+    )
+    with pytest.raises(RunnerError, match=r"^onnxruntime: output 0 was not written, or .*; compare it with"):
+        check_outputs(runner)
+
+
+@pytest.mark.parametrize(
+    ("values", "poisoned"),
+    [
+        (np.array([1.0, np.nan], np.float32), True),
+        (np.array([1.0, 2.0], np.float16), False),
+        (np.full(3, np.iinfo(np.int64).min), True),
+        (np.array([np.iinfo(np.int64).min, 0]), False),  # a value that an integer output may well hold
+        (np.zeros(3, bool), False),
+        (np.zeros(0, np.int64), False),
+    ],
+)
+def test_what_counts_as_poison(values: runners.Array, poisoned: bool) -> None:
+    assert runners._is_poisoned(values) is poisoned
+    filled = np.full(values.shape, runners.poison_value(values.dtype), values.dtype)
+    assert runners._is_poisoned(filled) is (values.size > 0 and values.dtype != bool)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "fix"),
+    [
+        ("torch", "fp16", "use fp32"),
+        ("torch_cuda", "int8", "use fp32 or tf32 or fp16 or bf16"),
+        ("onnxruntime", "tf32", "use fp32, or a file that is tf32 itself"),
+        ("onnxruntime_cuda", "fp16", "use fp32 or tf32, or a file that is fp16 itself"),
+    ],
+)
+def test_precisions_that_a_kind_lacks(
+    kind: str, precision: str, fix: str, net: nn.Module, onnx_file: Path
+) -> None:
+    artifact = net if kind in runners.TORCH_KINDS else onnx_file
+    with pytest.raises(RunnerError) as caught:
+        open_runner(kind, artifact, precision=precision)
+    assert str(caught.value) == f"{kind}: no precision {precision}; {fix}"
+
+
+@pytest.mark.slow
+def test_torch_compile_agrees_with_the_module(net: nn.Module) -> None:
+    runner = open_runner("torch_compile", net)
+    (found,) = runner.infer((X,))
+    np.testing.assert_allclose(found, net(torch.from_numpy(X)).detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert (runner.name, runner.timed) == ("torch_compile", "host to host")
+    runner.close()
+
+
+def test_what_a_compiler_raises_is_one_line(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> Any:
+        def call(*_: object) -> None:
+            raise RuntimeError("\nCppCompileError: C++ compile error\n\nCommand:\ng++ ...")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    runner = open_runner("torch_compile", net)
+    with pytest.raises(RunnerError) as caught:
+        runner.infer((X,))
+    said = "torch_compile: torch.compile failed: CppCompileError: C++ compile error; install a C++ compiler"
+    assert str(caught.value).startswith(said)
+    runner.close()
+
+
+def test_only_gpu_runners_are_staged(net: nn.Module, onnx_file: Path) -> None:
+    assert not isinstance(open_runner("torch", net), StagedRunner)
+    assert not isinstance(open_runner("onnxruntime", onnx_file), StagedRunner)
+    assert issubclass(ort_runners.OrtGpuRunner, ort_runners.OrtRunner)
