@@ -9,10 +9,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from compress.cli_options import (
+    DEFAULT_CONFIG,
+    config_argument,
+    earlier,
+    load,
+    reproduce,
+    run_options,
+    set_option,
+    verdict_options,
+)
 from compress.command import Answer, Common, Program
 from compress.console import Screen, document
 from compress.errors import escape
@@ -21,10 +31,6 @@ from compress.launch import launched
 from compress.recipes import RECIPES
 from compress.stages import STAGES
 
-if TYPE_CHECKING:
-    from compress.config import Config
-
-DEFAULT_CONFIG = "compress.yaml"
 CONFIG_ENDINGS = (".yaml", ".yml")
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -33,7 +39,7 @@ SECTIONS = {
     "Start": ("init", "doctor", "inspect", "plan", "study"),
     "Everything at once": ("run",),
     "One stage (those before it must be done)": STAGES,
-    "Results": ("compare", "verify"),
+    "Results": ("compare", "verify", "release"),
     "Tools": ("schema", "completion"),
 }
 
@@ -49,41 +55,6 @@ SECTIONS = {
 def cli(context: click.Context, /, **given: Any) -> None:
     """From a trained model to a smaller one that is measured, judged and ready to ship."""
     context.obj = (list(context.obj or ()), Common.take(given))
-
-
-# -- config files -------------------------------------------------------------------------------------
-
-
-def _config_argument(function: Any) -> Any:
-    return click.argument("config", default=DEFAULT_CONFIG, type=click.Path())(function)
-
-
-def _run_options(function: Any) -> Any:
-    out = click.option(
-        "-o", "--out", metavar="DIR", type=click.Path(), help="Work in this folder, not in the config's out."
-    )
-    return _set_option(out(function))
-
-
-def _set_option(function: Any) -> Any:
-    say = "Change a value of the config for this call, e.g. prune.macs_ratio=0.4; may be repeated."
-    return click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help=say)(function)
-
-
-def _load(config: str, overrides: Sequence[str] = (), out: str | None = None) -> tuple[Config, Path]:
-    """The config and its folder, which its relative paths start at; ``out`` starts where the user is."""
-    from compress.config import load
-
-    folder = Path(config).parent
-    if out is not None:
-        overrides = [*overrides, f"out={json.dumps(os.path.relpath(out, folder))}"]
-    return load(config, overrides), folder
-
-
-def _reproduce(config: str, overrides: Sequence[str]) -> str:
-    """The command to put into the report: without folders and without what only changes the talk."""
-    changes = [part for item in overrides for part in ("--set", item)]
-    return shlex.join(["compress", "run", Path(config).name, *changes])
 
 
 # -- commands -----------------------------------------------------------------------------------------
@@ -141,7 +112,7 @@ def _shape(_context: click.Context, _parameter: click.Parameter, value: str | No
               "most; 500 if not given.")  # fmt: skip
 @click.option("--plot", type=click.Path(), metavar="FILE", help="With --sensitivity: draw it (.png, .svg, "
               ".pdf).")  # fmt: skip
-@_set_option
+@set_option
 def inspect(
     screen: Screen, subject: str, input_shape: list[int] | None, weights: str | None, classes: int | None,
     sensitivity: bool, images: int | None, plot: str | None, overrides: tuple[str, ...],
@@ -167,7 +138,7 @@ def inspect(
         from compress import pipeline
 
         if is_config:
-            found = pipeline.look(*_load(subject, overrides))
+            found = pipeline.look(*load(subject, overrides))
         else:
             found = pipeline.inspect(_named_model(subject, input_shape, weights, classes), Path())
     return Answer(found, lambda screen: show_inspect(screen.out, found))
@@ -179,7 +150,7 @@ def _sensitivity(
     from compress.show import show_sensitivity
 
     _check_picture(plot)
-    loaded, folder = _load(config, overrides)
+    loaded, folder = load(config, overrides)
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline
 
@@ -213,8 +184,8 @@ def _named_model(name: str, shape: list[int] | None, weights: str | None, classe
 
 
 @cli.answering("plan")
-@_config_argument
-@_set_option
+@config_argument
+@set_option
 @click.option("-o", "--output", type=click.Path(), metavar="FILE", help="Write the plan, as JSON, to a file.")
 def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | None) -> Answer:
     """Show what would be removed, without training.
@@ -224,7 +195,7 @@ def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | 
     from compress.files import write_json
     from compress.show import show_plan
 
-    loaded, folder = _load(config, overrides)
+    loaded, folder = load(config, overrides)
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline
 
@@ -235,8 +206,8 @@ def plan(screen: Screen, config: str, overrides: tuple[str, ...], output: str | 
 
 
 @cli.answering("study")
-@_config_argument
-@_set_option
+@config_argument
+@set_option
 @click.option("--images", type=click.IntRange(3), default=1000, show_default=True, help="Test images to use.")
 @click.option("--batch", type=click.IntRange(2), default=50, show_default=True, help="Images of a minibatch.")
 @click.option("--units", type=click.IntRange(3), metavar="N", help="Leave out N random units only; all if "
@@ -255,7 +226,7 @@ def study(
     from compress.show import show_study
 
     _check_picture(plot)
-    loaded, folder = _load(config, overrides)
+    loaded, folder = load(config, overrides)
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline
 
@@ -268,30 +239,52 @@ def study(
 
 
 @cli.answering("run")
-@_config_argument
+@config_argument
 @click.option("--until", type=click.Choice(STAGES), metavar="STAGE", help="Stop after this stage.")
 @click.option("--from", "start", type=click.Choice(STAGES), metavar="STAGE", help="Do this stage and all "
               "after it again.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would be done, change nothing.")
 @click.option("--fresh", is_flag=True, help="Start over: forget what was done before.")
-@_run_options
+@run_options
+@verdict_options
 def run(
     screen: Screen, config: str, until: str | None, start: str | None, dry_run: bool, fresh: bool,
-    overrides: tuple[str, ...], out: str | None,
+    overrides: tuple[str, ...], out: str | None, **given: Any,
 ) -> Answer:  # fmt: skip
     """Do all of it: train, prune, finetune, export, bench, report, gate.
 
     What is done already, with the same config, is not done again; an interrupted run goes on where it was.
+    With --from, what is before that stage is taken as it is, also from another machine.
     """
     if until and start and STAGES.index(start) > STAGES.index(until):
         raise click.UsageError(f"--from {start} comes after --until {until}")
     how = {"until": until, "start": start, "dry_run": dry_run, "fresh": fresh}
-    return _pipeline(screen, config, overrides, out, **how)
+    return _verdict(screen, config, overrides, out, given, **how)
 
 
-def _pipeline(screen: Screen, config: str, overrides: Sequence[str], out: str | None, **how: Any) -> Answer:
+def _verdict(
+    screen: Screen, config: str, overrides: Sequence[str], out: str | None, given: dict[str, Any], **how: Any
+) -> Answer:
+    """Run the pipeline as `verdict_options` ask, and write the files they name."""
+    from compress.ci import Files
+
+    baseline, tolerate = given.pop("baseline"), given.pop("tolerate")
+    wanted = Files(**given)
+    with wanted.telling(screen):
+        answer = _pipeline(screen, config, overrides, out, baseline=(baseline, tolerate), **how)
+        if not how.get("dry_run"):
+            stages = [(stage["name"], stage["status"], stage["seconds"]) for stage in answer.value["stages"]]
+            wanted.judged(answer.value if "verdict" in answer.value else {}, stages)
+    return answer
+
+
+def _pipeline(
+    screen: Screen, config: str, overrides: Sequence[str], out: str | None,
+    baseline: tuple[str | None, Sequence[str]] = (None, ()), **how: Any,
+) -> Answer:  # fmt: skip
     """Run the pipeline under `Stopper` and with progress on stderr."""
-    loaded, folder = _load(config, overrides, out)
+    loaded, folder = load(config, overrides, out)
+    how["earlier"] = earlier(*baseline, folder / loaded.out)
     screen.run = str(folder / loaded.out)
     stopper = Stopper(screen.warn if not launched().rank else lambda text: None)
     with screen.events("loading torch and the data") as events, stopper:
@@ -299,7 +292,7 @@ def _pipeline(screen: Screen, config: str, overrides: Sequence[str], out: str | 
 
         if how.get("dry_run"):
             events.verbosity = min(-1, events.verbosity)  # the table says it
-        command = _reproduce(config, overrides)
+        command = reproduce(config, overrides)
         outcome = pipeline.run(loaded, folder, events=events, should_stop=stopper, command=command, **how)
     show = _run_show(outcome, dry_run=bool(how.get("dry_run")))
     return Answer(_run_value(outcome), show, exit_code=outcome.exit_code)
@@ -338,13 +331,16 @@ STAGE_HELP = {
 def _stage_command(stage: str) -> click.Command:
     """The command that does one stage; those before it must be done."""
 
-    @_config_argument
-    @_run_options
-    def only(screen: Screen, config: str, overrides: tuple[str, ...], out: str | None) -> Answer:
-        return _pipeline(screen, config, overrides, out, only=stage)
+    def only(
+        screen: Screen, config: str, overrides: tuple[str, ...], out: str | None, **given: Any
+    ) -> Answer:
+        if not given:
+            return _pipeline(screen, config, overrides, out, only=stage)
+        return _verdict(screen, config, overrides, out, given, only=stage)
 
+    function = verdict_options(only) if stage == "gate" else only
     only.__doc__ = f"{STAGE_HELP[stage]}\n\nThe stages before it must be done."
-    return cli.answering(stage, short_help=STAGE_HELP[stage])(only)
+    return cli.answering(stage, short_help=STAGE_HELP[stage])(config_argument(run_options(function)))
 
 
 for _stage in STAGES:
@@ -394,6 +390,28 @@ def verify(screen: Screen, folder: str) -> Answer:
     value = {"run": folder, "problems": [asdict(problem) for problem in found]}
     code = 8 if found else 0
     return Answer(value, lambda screen: show_problems(screen.out, found, Path(folder)), exit_code=code)
+
+
+@cli.answering("release")
+@click.argument("run", type=click.Path())
+@click.option("-o", "--out", "folder", type=click.Path(), metavar="FOLDER", required=True, help="Where to.")
+@click.option(
+    "--name", default="", help="What the model is called there; by its name in the config if not given."
+)
+@click.option("--force", is_flag=True, help="Hand it over without a passing verdict; its model card says so.")
+def release(screen: Screen, run: str, folder: str, name: str, force: bool) -> Answer:
+    """Hand over a finished run as a folder that others can serve. Exits with 5 unless its verdict is a pass.
+
+    FOLDER gets the ONNX file, engines, a Triton model repository, a model card and checksums.
+    """
+    from compress.handover import hand_over
+    from compress.show import verdict_line
+
+    with screen.events("reading the run"):
+        found = hand_over(Path(run), Path(folder), name=name, force=force)
+    said = f"handed over to {folder}: {len(found.paths)} files; describe the model's use in its README.md"
+    value = {"folder": folder, "files": found.paths, "verdict": found.verdict, "forced": found.forced}
+    return Answer(value, lambda screen: verdict_line(screen.out, found.verdict, said))
 
 
 @cli.answering("schema")

@@ -82,6 +82,12 @@ class ModelError(CompressError):
     exit_code = 4
 
 
+class VerdictError(CompressError):
+    """A gate did not pass, and what was asked for needs a pass (exit 5)."""
+
+    exit_code = 5
+
+
 class TargetError(CompressError):
     """The benchmark's target, driver or library is missing here (exit 6)."""
 

@@ -55,7 +55,7 @@ class Failure:
 
 def explain(error: BaseException, screen: Screen, arguments: Sequence[str]) -> Failure:
     """The failure to report for any exception; writes a crash log when it is a bug."""
-    known = _known(error)
+    known = named(error)
     if isinstance(known, CompressError | DeployError):
         return _reported(known)
     if isinstance(error, KeyboardInterrupt):
@@ -65,7 +65,7 @@ def explain(error: BaseException, screen: Screen, arguments: Sequence[str]) -> F
     return _bug(error, screen, arguments)
 
 
-def _known(error: BaseException) -> BaseException:
+def named(error: BaseException) -> BaseException:
     """``error`` as an error with a cause that can be named, where there is one."""
     if isinstance(error, CompressError | DeployError):
         return error

@@ -72,6 +72,36 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`whole` for a folder of files: yields an empty folder, and publishes it with all that is in it.
+
+    ``path`` may not be there yet, or is an empty folder; anything else is a ConfigError.
+    """
+    target = Path(os.path.abspath(path))
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError("is there already", os.fspath(path), "give the name of a new folder")
+    with _scratch(target) as scratch:
+        temporary = scratch / target.name
+        try:
+            temporary.mkdir()
+            yield temporary
+            for parent, _folders, names in os.walk(temporary):
+                for name in names:
+                    _flush(Path(parent, name))
+            os.replace(temporary, target)
+            _flush_folder(target.parent)
+        except OSError as error:
+            if error.errno in _EXHAUSTED or _is_within(error.filename, scratch):
+                _refuse(error, target)
+            raise
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
     """An empty folder beside ``target``, removed at the end; its name tells whose it is (see `clean`)."""
     folder = target.parent / f".part-{os.getpid()}-{secrets.token_hex(4)}"

@@ -1,8 +1,9 @@
 """A run: stages in order, each skipped when its files are there, committed when they are whole.
 
-A stage's key is a hash of what it depends on: its part of the config, the files of the stages before it,
+A stage's key says what it depends on, in hashes: its part of the config, the files of the stages before it,
 the data, and the versions of this tool and of torch. Run again, finished stages are skipped; an
-interrupted one goes on from its last checkpoint.
+interrupted one goes on from its last checkpoint. `start` and `only` take the stages before as they are, if
+config and files fit: so the last stages of a run can be done on another machine, without data and weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from compress.aim import aimed
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
+from compress.earlier import Earlier
 from compress.errors import ConfigError, Interrupted
 from compress.inspection import inspect
 from compress.manifest import StageRecord, verify
@@ -96,18 +98,19 @@ def run(
     fresh: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     command: str = "",
+    earlier: Earlier | None = None,
 ) -> Outcome:
     """Run the stages of `config`; relative paths in it start at `folder`.
 
     until: the last stage to run. start: this stage and all later ones are done again. only: this stage
     alone; the ones before it must be done. dry_run: say what would happen, change nothing.
-    fresh: forget what an earlier run left. Of several processes (see `compress.distributed`) all call this;
-    the first alone writes, exports, measures and judges. Raises CompressError or DeployError; LockedError
-    when another run works in the same folder.
+    fresh: forget what an earlier run left. earlier: the release to hold this one against. Of several
+    processes (see `compress.distributed`) all call this; the first alone writes, exports, measures and
+    judges. Raises CompressError or DeployError; LockedError when another run works in the same folder.
     """
     place, config = folder / config.out, aimed(config)
-    work = Work(config, folder, place, events, should_stop, command)
-    preflight(work, measuring=_measures(place, until, start, only, fresh))
+    work = Work(config, folder, place, events, should_stop, command, earlier=earlier)
+    preflight(work, _to_do(place, until, start, only, fresh))
     if dry_run:
         return Outcome(0, place, {}, _walk(work, until, start, only, dry=True))
     with files.lock(place) if distributed.is_main() else nullcontext():
@@ -117,17 +120,17 @@ def run(
             files.clean(place)
         distributed.barrier()
         done = _walk(work, until, start, only, dry=False)
-        results = files.read_json(place / "results.json") if _judged(done) else {}
-    failed = _judged(done) and results["verdict"] not in ("pass", "no gates")
+        results = _results(place, done)
+    failed = results.get("verdict", "no gates") not in ("pass", "no gates")
     return Outcome(5 if failed else 0, place, results, done)
 
 
-def _measures(run: Path, until: str | None, start: str | None, only: str | None, fresh: bool) -> bool:
-    """Whether latency will be measured, as far as one can tell before: not where that is on file."""
-    last, bench = STAGES.index(only or until or STAGES[-1]), STAGES.index("bench")
-    again = STAGES.index(only or start or STAGES[-1]) if only or start else len(STAGES)
+def _to_do(run: Path, until: str | None, start: str | None, only: str | None, fresh: bool) -> Sequence[str]:
+    """The stages of a run, as far as one can tell before; latency that is on file is not measured again."""
+    first, last = only or start or STAGES[0], only or until or STAGES[-1]
+    stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
     on_file = not fresh and run.exists() and "bench" in manifest.load(run)
-    return last >= bench and (not on_file or again <= bench)
+    return stages if not on_file or only or start else [name for name in stages if name != "bench"]
 
 
 def bench_for(
@@ -192,9 +195,13 @@ def sensitivity(config: Config, folder: Path, *, images: int, events: Events) ->
     return preview.sensitivity(work, _trained(work), images)
 
 
-def _judged(done: tuple[tuple[str, str, float], ...]) -> bool:
-    """Whether this call came to the gate: only then does its verdict decide."""
-    return any(name in ("report", "gate") and status in ("done", "cached") for name, status, _ in done)
+def _results(place: Path, done: tuple[tuple[str, str, float], ...]) -> dict[str, Any]:
+    """results.json where this call came to the report, with the gate's verdict where it came to the gate."""
+    came_to = {name for name, status, _ in done if status in ("done", "cached")}
+    if not {"report", "gate"} & came_to:
+        return {}
+    found: dict[str, Any] = files.read_json(place / "results.json")
+    return found | (files.read_json(place / "gate.json") if "gate" in came_to else {})
 
 
 def _forget(place: Path) -> None:
@@ -209,10 +216,14 @@ def _walk(work: Work, until: str | None, start: str | None, only: str | None, *,
     report: list[tuple[str, str, float]] = []
     stale = False
     for number, name in enumerate(STAGES[: last + 1]):
-        key = "" if stale and dry else _key(work, name)
+        before = manifest.load(work.run).get(name) if work.run.exists() else None
+        taken = before if (only or start) and number < again else None
+        key = "" if stale and dry else _key(work, name, taken)
         distributed.agree(key, f"what stage {name} starts from")
         maybe = distributed.is_main() and not stale and number < again
         if distributed.any_of(maybe and manifest.is_done(work.run, name, key)):
+            if taken is not None:
+                _tell_versions(work, taken)
             work.events.stage(name, "cached")
             report.append((name, "cached", 0.0))
             continue
@@ -222,6 +233,8 @@ def _walk(work: Work, until: str | None, start: str | None, only: str | None, *,
                 str(work.run),
                 f"run it first: compress run --until {name}, with the same ones",
             )
+        if not stale and before is not None and number < again:
+            work.events.note(f"stage {name} is done again: {_changed(before, key)}")
         stale = True
         if dry:
             work.events.stage(name, "skipped", "would run")
@@ -269,25 +282,74 @@ def _await_commit(work: Work, name: str, key: str) -> None:
         time.sleep(0.2)
 
 
-def _key(work: Work, name: str) -> str:
-    """A hash of everything the stage depends on."""
+def _key(work: Work, name: str, taken: StageRecord | None = None) -> str:
+    """Everything the stage depends on, as JSON. taken: the stage done before, maybe elsewhere; what only the
+    machine that did it can tell (its versions, the data) is believed."""
     before = manifest.load(work.run) if work.run.exists() else {}
     earlier = STAGES[: STAGES.index(name)]
-    facts: dict[str, Any] = {
+    files_before = {s: {n: f["sha256"] for n, f in before[s].outputs.items()} for s in earlier if s in before}
+    known = {} if taken is None else _parts(taken)
+    facts = {
         "stage": name,
         "config": section_hash(work.config, SECTIONS[name]),
-        "inputs": {s: {n: f["sha256"] for n, f in before[s].outputs.items()} for s in earlier if s in before},
-        "versions": _versions(),
+        "inputs": hashlib.sha256(json.dumps(files_before, sort_keys=True).encode()).hexdigest(),
     }
-    if name in ("train", "prune", "finetune"):
-        facts["data"] = work.data.fingerprint
+    for part, find in _around(work, name).items():
+        facts[part] = known[part] if part in known else find()
+    return json.dumps(facts, sort_keys=True)
+
+
+def _around(work: Work, name: str) -> dict[str, Callable[[], Any]]:
+    """What else the stage depends on than its config and the files before it."""
+    found: dict[str, Callable[[], Any]] = {"versions": _releases}
+    if name in SHARED:
+        found["data"] = lambda: work.data.fingerprint
     if name == "train":
-        facts["weights"] = _weights_hash(work)
+        found["weights"] = lambda: _weights_hash(work)
     if name == "prune":
-        facts["align"] = work.align
+        found["align"] = lambda: work.align
     if name == "report":
-        facts["targets"] = measuring.hashes(work.run)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        found["targets"] = lambda: measuring.hashes(work.run)
+    if name in ("report", "gate"):
+        found["baseline"] = lambda: work.earlier and work.earlier.as_dict()
+    return found
+
+
+def _parts(record: StageRecord) -> dict[str, Any]:
+    """What a stage depended on when it was done."""
+    try:
+        found = json.loads(record.key)
+    except ValueError:  # a release of this tool that hashed it all
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+WHAT = {"config": "its part of the config", "inputs": "a file of a stage before it", "data": "the data"}
+WHAT |= {"weights": "the model's weights", "align": "the alignment", "baseline": "the baseline"}
+WHAT |= {"targets": "what other targets measured"}
+
+
+def _changed(record: StageRecord, key: str) -> str:
+    """Why a stage that was done has to be done again."""
+    if not key:
+        return "one before it is"
+    then, now = _parts(record), json.loads(key)
+    if then == now:
+        return "a file of it is missing"
+    said = [f"{what} changed" for part, what in WHAT.items() if then.get(part) != now.get(part)]
+    return ", ".join([*said, *_other_versions(then, now["versions"])])
+
+
+def _tell_versions(work: Work, record: StageRecord) -> None:
+    other = _other_versions(_parts(record), _releases())
+    if other:
+        work.events.note(f"stage {record.stage} was done elsewhere and is kept: {', '.join(other)}")
+
+
+def _other_versions(then: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    found = then.get("versions")
+    old = found if isinstance(found, dict) else {}
+    return [f"{name} was {old.get(name)}, here it is {v}" for name, v in now.items() if old.get(name) != v]
 
 
 def _weights_hash(work: Work) -> str:
@@ -295,6 +357,11 @@ def _weights_hash(work: Work) -> str:
     names = [n for n in (work.config.model.weights, work.config.model.name) if n]
     paths = [work.folder / n for n in names if (work.folder / n).is_file()]
     return files.sha256(paths[0]) if paths else ""
+
+
+def _releases() -> dict[str, str]:
+    """The same without what a build says of its machine: 2.11.0+cpu and 2.11.0+cu130 are one release."""
+    return {name: found.partition("+")[0] for name, found in _versions().items()}
 
 
 def _versions() -> dict[str, str]:

@@ -48,12 +48,10 @@ def export_stage(work: Work) -> Done:
 
 def report_stage(work: Work) -> Done:
     """Put every stage's figures into results.json, judge the gates, and write the report."""
-    from deploy import gate, report
+    from deploy import report
 
     results = gather(work)
-    judged = gate.judge(results, work.config.gates.model_dump())
-    results["gates"] = [finite(asdict(g)) for g in judged]
-    results["verdict"] = gate.verdict(judged)
+    results |= judged(work, results)
     pages = report.render(results)
     files.write_text(work.run / "report.html", pages.html)
     files.write_text(work.run / "report.md", pages.markdown)
@@ -66,8 +64,7 @@ def gather(work: Work) -> dict[str, Any]:
 
     before, pruned, after = work.read("train.json"), work.read("prune.json"), work.read("finetune.json")
     exported, bench = work.read("export.json"), work.read("bench.json")
-    config, task = work.config, work.task
-    data = {"train": task.n_train, "validation": task.n_validation, "test": task.n_test}
+    config = work.config
     sizes = exported["onnx_bytes"]
     artifacts = {n: f for record in manifest.load(work.run).values() for n, f in record.outputs.items()}
     return {
@@ -80,7 +77,7 @@ def gather(work: Work) -> dict[str, Any]:
             "parts": before["parts"],
             "parameters": pruned["cost"]["params"]["before"],
         },
-        "data": {"name": config.data.name, **data, "fingerprint": task.fingerprint},
+        "data": {"name": config.data.name, **before["data"]},
         "accuracy": _accuracy(before["accuracy"], pruned["accuracy"], after["accuracy"]),
         "cost": {
             **pruned["cost"],
@@ -138,6 +135,18 @@ def _peak_rss_bytes() -> int | None:
 
 def gate_stage(work: Work) -> Done:
     """The verdict as a file of its own: what a pipeline reads."""
-    results = work.read("results.json")
-    document = {"verdict": results["verdict"], "gates": results["gates"]}
-    return Done([work.write("gate.json", document)], results["verdict"])
+    document = judged(work, work.read("results.json"))
+    return Done([work.write("gate.json", document)], document["verdict"])
+
+
+def judged(work: Work, results: dict[str, Any]) -> dict[str, Any]:
+    """Verdict and gates, those against an earlier release among them if there is one to compare with."""
+    from deploy import gate
+
+    limits, against = work.config.gates.model_dump(), work.earlier
+    found = [*gate.judge(results, limits), *(against.judge(results, limits) if against else ())]
+    return {
+        "verdict": gate.verdict(found),
+        "gates": [finite(asdict(one)) for one in found],
+        "baseline": against.as_dict() if against else None,
+    }

@@ -7,7 +7,7 @@ the pipeline hashes them and commits the stage to the manifest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from compress import aim, checkpoint, distributed, files, graphfile, seeds, shar
 from compress.channelmap import ChannelMap
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
+from compress.earlier import Earlier
 from compress.errors import ConfigError, IntegrityError, TargetError
 from compress.inspection import (
     Built,
@@ -39,6 +40,7 @@ from compress.loop import prune as prune_loop
 from compress.parts import Whole
 from compress.recalibration import Recalibration
 from compress.select import Space
+from compress.stages import STAGES
 from compress.surgery import cut, verify
 from compress.task import Evaluation, Task, build_task, check
 from compress.trace import GraphNet, Traced
@@ -65,7 +67,8 @@ class Done:
 @dataclass
 class Work:
     """What the stages of one run share. folder: the config's; run: where the files go; whole: the user's
-    model around the net that is worked on, where it is traced in parts."""
+    model around the net that is worked on, where it is traced in parts; earlier: the release that the gates
+    hold this one against."""
 
     config: Config
     folder: Path
@@ -74,6 +77,7 @@ class Work:
     should_stop: Callable[[], bool]
     command: str = ""
     whole: Whole | None = None
+    earlier: Earlier | None = None
 
     @cached_property
     def data(self) -> Task:
@@ -190,10 +194,11 @@ def _evaluation(found: Evaluation) -> dict[str, Any]:
     return {"metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong}
 
 
-def preflight(work: Work, *, measuring: bool = False) -> None:
-    """Find out before hours of training what would stop the run after them; measuring: is latency part?"""
-    aim.check(work.config, here=measuring)
-    assert work.device
+def preflight(work: Work, stages: Sequence[str] = STAGES) -> None:
+    """Find out before hours of training what would stop one of `stages` after them."""
+    aim.check(work.config, here="bench" in stages)
+    if {"train", "prune", "finetune"} & {*stages}:
+        assert work.device
 
 
 # -- train --------------------------------------------------------------------------------------------
@@ -216,6 +221,12 @@ def train_stage(work: Work) -> Done:
     if built.whole is None:
         del work.built  # later stages read files
     document = {
+        "data": {
+            "train": work.data.n_train,
+            "validation": work.data.n_validation,
+            "test": work.data.n_test,
+            "fingerprint": work.data.fingerprint,
+        },
         "accuracy": accuracy,
         "training": _training(history),
         "recalibration": _recalibration(history),

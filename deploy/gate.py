@@ -164,36 +164,37 @@ def _judge_one(name: str, results: Mapping[str, Any], gates: Mapping[str, Any]) 
         return _judge_parity(results)
     limit = float(gates[name])
     if name == "accuracy_drop":
-        return _judge_accuracy(results, limit)
+        return judge_accuracy(results, limit, name, "raise gates.accuracy_drop")
     if name == "size_ratio":
         return _judge_size(results, limit)
     runner, batch = str(gates.get("runner") or DEFAULT_RUNNER), gated_batch(results, gates)
     return (_judge_speedup if name == "speedup" else _judge_latency)(results, limit, runner, batch)
 
 
-def _judge_accuracy(results: Mapping[str, Any], limit: float) -> Gate:
+def judge_accuracy(results: Mapping[str, Any], limit: float, name: str, advice_of: str) -> Gate:
+    """The gate ``name`` over the drop in ``results``; ``advice_of`` ends a fail's message."""
     found, drop = section(results, "accuracy"), accuracy_drop(results)
     if drop is None:
-        return _missing("accuracy_drop", limit, _why_no_accuracy(found))
+        return missing(name, limit, _why_no_accuracy(found))
     said, advice = f"{_accuracy_words(found, drop)}; the limit is {points(limit)}.", ""
     if drop.high <= limit or drop.low > limit:  # the whole interval lies on one side
-        decided = _side(drop.high <= limit)
+        decided = side(drop.high <= limit)
     elif drop.half_width > RESOLUTION * limit:
         decided, advice = "inconclusive", _more_examples(int(found["n"]), drop.half_width, limit)
     else:
-        decided = _side(drop.value <= limit + 1e-12)
+        decided = side(drop.value <= limit + 1e-12)
     if decided == "fail":
-        advice = " Prune less, fine-tune longer, or raise gates.accuracy_drop."
-    return Gate("accuracy_drop", limit, drop.value, drop.low, drop.high, decided, said + advice)
+        advice = f" Prune less, fine-tune longer, or {advice_of}."
+    return Gate(name, limit, drop.value, drop.low, drop.high, decided, said + advice)
 
 
 def _judge_speedup(results: Mapping[str, Any], limit: float, runner: str, batch: int | None) -> Gate:
     where = f"{visible(runner)}, batch {batch}"
-    row, why = _only(rows(results, "speedup"), runner, batch)
+    row, why = only(rows(results, "speedup"), runner, batch)
     ratio, low, high = (number(row.get(key)) for key in ("ratio", "low", "high"))
     if ratio is None or low is None or high is None or low > high:
         why = why or f"The speed-up with {where} has no valid interval. Measure it again."
-        return _missing("speedup", limit, why)
+        return missing("speedup", limit, why)
     said = f"{times(ratio)} as fast with {where} (95 % interval {span(low, high, times)}); "
     said += f"the limit is {times(limit)}."
     pairs = whole_number(row.get("pairs")) or 0
@@ -201,7 +202,7 @@ def _judge_speedup(results: Mapping[str, Any], limit: float, runner: str, batch:
         decided: Verdict = "inconclusive"
         said += f" {pairs} interleaved pairs are too few: set bench.repeats to {MIN_PAIRS} or more."
     elif low >= limit or high < limit:
-        decided = _side(low >= limit)
+        decided = side(low >= limit)
     else:
         decided = "inconclusive"
         said += " The interval contains the limit: raise bench.repeats, quiet the machine, or lower"
@@ -214,12 +215,12 @@ def _judge_speedup(results: Mapping[str, Any], limit: float, runner: str, batch:
 def _judge_latency(results: Mapping[str, Any], limit: float, runner: str, batch: int | None) -> Gate:
     where = f"{visible(runner)}, batch {batch}"
     dense = [row for row in rows(results, "latency") if row.get("model") == "dense"]
-    row, why = _only(dense, runner, batch)
-    samples = _samples(row)
+    row, why = only(dense, runner, batch)
+    samples = valid_samples(row)
     if not samples:
         why = why or f"The latency with {where} has no valid samples. Measure it again."
-        return _missing("latency_ms", limit, why)
-    pairs = whole_number(_only(rows(results, "speedup"), runner, batch)[0].get("pairs")) or 0
+        return missing("latency_ms", limit, why)
+    pairs = whole_number(only(rows(results, "speedup"), runner, batch)[0].get("pairs")) or 0
     found = median_interval(samples, pairs)
     if found is None:
         said = (
@@ -230,7 +231,7 @@ def _judge_latency(results: Mapping[str, Any], limit: float, runner: str, batch:
     said = f"The median call takes {milliseconds(found.value)} with {where} (95 % interval "
     said += f"{span(found.low, found.high, milliseconds)}); the limit is {limit:g} ms."
     if found.high <= limit or found.low > limit:
-        decided = _side(found.high <= limit)
+        decided = side(found.high <= limit)
         said += "" if decided == "pass" else " Prune more, use a smaller batch, or raise gates.latency_ms."
     else:
         decided = "inconclusive"
@@ -244,20 +245,20 @@ def _judge_size(results: Mapping[str, Any], limit: float) -> Gate:
     before, after = whole_number(size.get("before")), whole_number(size.get("after"))
     if before is None or after is None or before < 1 or after < 1:
         why = "The sizes of the two ONNX files were not measured. Export both models again."
-        return _missing("size_ratio", limit, why)
+        return missing("size_ratio", limit, why)
     ratio = after / before
     said = f"The ONNX file goes from {before:,} to {after:,} bytes, a ratio of {ratio:.3f} (exact, no "
     said += f"interval); the limit is {limit:g}." + (
         "" if ratio <= limit else " Prune more, or raise gates.size_ratio."
     )
-    return Gate("size_ratio", limit, ratio, None, None, _side(ratio <= limit), said)
+    return Gate("size_ratio", limit, ratio, None, None, side(ratio <= limit), said)
 
 
 def _judge_parity(results: Mapping[str, Any]) -> Gate:
     checks = rows(results, "parity")
     if not any(row.get("model") == "dense" for row in checks):
         why = "The pruned model's ONNX file was not compared with PyTorch. Run the parity check."
-        return _missing("parity", None, why)
+        return missing("parity", None, why)
     found = [(number(row.get("relative")), number(row.get("tolerance")), row) for row in checks]
     bad = [one for one in found if one[2].get("passed") is False or _above(one[0], one[1])]
     if bad:
@@ -269,14 +270,15 @@ def _judge_parity(results: Mapping[str, Any]) -> Gate:
         return Gate("parity", tolerance, error, None, None, "fail", said)
     good = [(e, t) for e, t, row in found if e is not None and t is not None and row.get("passed") is True]
     if len(good) < len(checks):
-        return _missing("parity", None, "A parity check has no finite result. Run the parity check again.")
+        return missing("parity", None, "A parity check has no finite result. Run the parity check again.")
     error, tolerance = max(good, key=lambda pair: pair[0] / pair[1] if pair[1] > 0 else pair[0])
     said = f"ONNX and PyTorch agree in all {len(checks)} checks: relative error at most {scientific(error)}, "
     said += f"tolerance {scientific(tolerance)} (no interval)."
     return Gate("parity", tolerance, error, None, None, "pass", said)
 
 
-def _side(good: bool) -> Verdict:
+def side(good: bool) -> Verdict:
+    """Pass or fail, where the whole interval lies on one side of the limit."""
     return "pass" if good else "fail"
 
 
@@ -303,14 +305,14 @@ def _around(value: float, low: float, high: float) -> Interval:
     return Interval(value, max(-1.0, min(value, low)), min(1.0, max(value, high)))
 
 
-def _samples(row: Mapping[str, Any]) -> list[float]:
+def valid_samples(row: Mapping[str, Any]) -> list[float]:
     """A row's samples in milliseconds; empty when any of them is no valid time."""
     found = [number(x) for x in entries(row, "samples_ms")]
     good = [x for x in found if x is not None and x > 0]
     return good if len(good) == len(found) else []
 
 
-def _only(found: list[Mapping[str, Any]], runner: str, batch: int | None) -> tuple[Mapping[str, Any], str]:
+def only(found: list[Mapping[str, Any]], runner: str, batch: int | None) -> tuple[Mapping[str, Any], str]:
     """The one row of a runner and batch, or an empty row and the reason why there is none."""
     fitting = [row for row in found if row.get("runner") == runner and row.get("batch") == batch]
     if len(fitting) == 1 and batch is not None:
@@ -348,7 +350,8 @@ def _why_no_accuracy(found: Mapping[str, Any]) -> str:
     return said
 
 
-def _missing(name: str, limit: float | None, why: str) -> Gate:
+def missing(name: str, limit: float | None, why: str) -> Gate:
+    """What was not measured is inconclusive."""
     return Gate(name, limit, None, None, None, "inconclusive", why)
 
 

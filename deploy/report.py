@@ -60,20 +60,36 @@ def render(results: Mapping[str, Any]) -> Report:
 
     Raises MeasureError when the results were written in another version of the format.
     """
+    _check_version(results)
+    page = view(results) | {"charts": charts.draw(results)}
+    return Report(
+        html=_fitting("report.html.j2", page, HTML_LIMITS, HTML_BYTES), markdown=render_markdown(results)
+    )
+
+
+def render_markdown(
+    results: Mapping[str, Any],
+    limits: Sequence[tuple[int, int]] = MARKDOWN_LIMITS,
+    most: int = MARKDOWN_BYTES,
+) -> str:
+    """The Markdown alone, without charts, with the widest ``limits`` that keep it within ``most`` bytes.
+
+    Raises MeasureError as `render` does.
+    """
+    _check_version(results)
+    return _fitting("report.md.j2", view(results), limits, most)
+
+
+def _check_version(results: Mapping[str, Any]) -> None:
     if results.get("schema_version") != SCHEMA_VERSION:
         from deploy.errors import MeasureError  # only where it is needed
 
         what = f"schema_version is {results.get('schema_version')!r}, this release reads {SCHEMA_VERSION}"
         raise MeasureError(what, "results.json", "write the results again with this release")
-    view = _view(results)
-    return Report(
-        html=_fitting("report.html.j2", view | {"charts": charts.draw(results)}, HTML_LIMITS, HTML_BYTES),
-        markdown=_fitting("report.md.j2", view, MARKDOWN_LIMITS, MARKDOWN_BYTES),
-    )
 
 
-def _view(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything both templates say, as plain texts and tables."""
+def view(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything the templates say, as plain texts and tables."""
     gates, provenance = rows(results, "gates"), section(results, "provenance")
     verdict = _verdict(gates)
     config = provenance.get("config")
@@ -262,15 +278,15 @@ def _fitting(template: str, view: dict[str, Any], limits: Sequence[tuple[int, in
     """The template rendered with the widest limits that keep it within ``most`` bytes."""
     rendered = ""
     for max_rows, max_text in limits:
-        environment = _environment(template == "report.md.j2", max_text)
-        rendered = environment.get_template(template).render(view, max_rows=max_rows)
+        found = environment(template == "report.md.j2", max_text).get_template(template)
+        rendered = found.render(view, max_rows=max_rows)
         if len(rendered.encode()) <= most:
             break
     return rendered
 
 
 @cache  # compiling a template takes longer than filling it
-def _environment(markdown: bool, max_text: int) -> Environment:
+def environment(markdown: bool, max_text: int) -> Environment:
     """A Jinja2 environment in which every text not marked as safe goes through the format's sink."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -294,7 +310,7 @@ def _environment(markdown: bool, max_text: int) -> Environment:
         "svg": Markup,  # only for what deploy.charts drew
         "share": _share,
         "lines": lambda said: Markup.escape(_block(said, BLOCK * max_text)),
-        "fence": lambda said: Markup(_fence(_block(said, BLOCK * max_text))),
+        "fence": lambda said: Markup(fenced(said, BLOCK * max_text)),
         "code": lambda said: Markup(_code(_clipped(visible(str(said)), max_text))),
     }
     return environment
@@ -331,8 +347,9 @@ def _code(said: str) -> str:
     return "<code>" + re.sub(r"[^\w ]", lambda sign: f"&#{ord(sign[0])};", said) + "</code>"
 
 
-def _fence(said: str) -> str:
-    """A fenced block whose fence is longer than any run of backticks inside."""
+def fenced(said: str, most: int = BLOCK * MARKDOWN_LIMITS[0][1]) -> str:
+    """At most ``most`` characters in a fenced block, its fence longer than any run of backticks inside."""
+    said = _block(said, most)
     longest = max((len(run) for run in re.findall(r"`+", said)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{said}\n{fence}"

@@ -39,6 +39,10 @@ GATE_LABELS = {
     "latency_ms": "Latency p50",
     "size_ratio": "ONNX size ratio",
     "parity": "ONNX agrees with PyTorch",
+    "baseline": "Baseline",
+    "baseline_accuracy": "Accuracy drop since the baseline",
+    "baseline_latency": "Latency p50 over the baseline's",
+    "baseline_size": "ONNX size over the baseline's",
 }
 GATE_FORMS: dict[str, Callable[[float], str]] = {
     "accuracy_drop": points,
@@ -46,6 +50,8 @@ GATE_FORMS: dict[str, Callable[[float], str]] = {
     "latency_ms": milliseconds,
     "size_ratio": significant,
     "parity": scientific,
+    "baseline_accuracy": points,
+    "baseline_latency": times,
 }
 COSTS = (("macs", "MACs"), ("params", "Parameters"), ("onnx_bytes", "ONNX file, bytes"))
 LISTED_NAMES = 4

@@ -190,10 +190,10 @@ def test_wrong_usage_is_one_line_and_exit_2(capfd: Capture, arguments: list[str]
 
 
 def test_wrong_usage_with_json_is_a_document(capfd: Capture) -> None:
-    document = call_json(capfd, "run", "--nope")
+    document = call_json(capfd, "run", "--qqq")
     assert (document["command"], document["exit_code"], document["status"]) == ("run", 2, "error")
     assert document["error"] == {
-        "what": "No such option '--nope'",
+        "what": "No such option '--qqq'",
         "where": "",
         "fix": "see compress run --help",
     }

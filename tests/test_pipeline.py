@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import config, files, manifest, pipeline
+from compress import config, earlier, files, manifest, pipeline
 from compress.errors import (
     CompressError,
     ConfigError,
@@ -23,7 +23,9 @@ from compress.errors import (
     LockedError,
     ModelError,
 )
+from compress.steps import Work
 from deploy import targets
+from deploy.baseline import GATES
 from deploy.errors import DeployError
 from tests.pipelines import CONFIG, Silent, start, stop_after
 
@@ -160,6 +162,91 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 def test_one_stage_needs_the_ones_before(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stage train has not been run.*compress run --until train"):
         start(tmp_path, only="prune")
+
+
+def moved(finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run as it is found on another machine: no data, no weights, another build and release of torch."""
+    import shutil
+
+    shutil.copytree(finished, place)
+    releases = {"compress-release": "0.1.0", "torch": "99.1+cu130"}
+    monkeypatch.setattr(pipeline, "_versions", lambda: releases)
+    monkeypatch.setattr(Work, "data", property(lambda work: pytest.fail("the data were looked at")))
+    monkeypatch.setattr(Work, "align", property(lambda work: pytest.fail("another CPU was asked")))
+    return place
+
+
+def test_the_last_stages_can_be_done_on_another_machine(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, events = moved(finished, tmp_path / "gpu", monkeypatch), Silent()
+    outcome = start(there, ["device=cuda:7"], events=Silent(), until="export", dry_run=True, start="export")
+    assert [status for _, status, _ in outcome.stages[:1]] == ["would run"]  # the config is another one
+    outcome = start(there, events=events, start="bench")
+    assert [status for _, status, _ in outcome.stages] == ["cached"] * 4 + ["done"] * 3
+    assert outcome.exit_code == 0
+    assert outcome.results["data"] == files.read_json(finished / "run" / "results.json")["data"]
+    told = [text for text in events.seen if "kept" in text]
+    assert len(told) == 4
+    assert re.fullmatch(
+        r"stage train was done elsewhere and is kept: torch was [\d.]+, here it is 99\.1", told[0]
+    )
+
+
+def test_without_from_other_versions_mean_doing_it_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    events = Silent()
+    build = pipeline._versions()
+    monkeypatch.setattr(pipeline, "_versions", lambda: {**build, "torch": build["torch"] + ".cu130"})
+    assert start(tmp_path / "copy", dry_run=True).stages[0][1] == "cached" or "+" not in build["torch"]
+    monkeypatch.setattr(pipeline, "_versions", lambda: {**build, "torch": "99.1"})
+    outcome = start(tmp_path / "copy", ["finetune.epochs=1"], dry_run=True, events=events)
+    assert {status for _, status, _ in outcome.stages} == {"would run"}
+    (told,) = [text for text in events.seen if "again: torch was" in text]
+    assert told.endswith("here it is 99.1")
+
+
+def test_what_is_done_again_and_why(finished: Path) -> None:
+    events = Silent()
+    start(finished, ["finetune.epochs=1"], dry_run=True, events=events)
+    assert "stage finetune is done again: its part of the config changed" in events.seen
+
+
+def test_a_stage_alone_takes_the_others_as_they_are(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = moved(finished, tmp_path / "gpu", monkeypatch)
+    assert start(there, only="gate").exit_code == 0
+    with pytest.raises(ConfigError, match="stage prune has not been run with this config"):
+        start(there, ["prune.macs_ratio=0.7"], only="gate")
+
+
+def test_a_release_is_held_against_an_earlier_one(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    tolerated = earlier.tolerances(["latency=9", "accuracy=0.5"])
+    against = earlier.read(str(finished / "run"), tolerated, folder / "run")
+    outcome = start(folder, only="gate", earlier=against)
+    assert [gate["name"] for gate in outcome.results["gates"]][1:] == list(GATES)
+    assert (outcome.exit_code, outcome.results["verdict"]) == (0, "pass")
+    assert outcome.results["baseline"]["tolerated"]["latency"] == 9
+    assert "baseline_size" in (folder / "run" / "gate.json").read_text()
+    nothing = earlier.read(str(tmp_path / "nothing"), tolerated, folder / "run")
+    outcome = start(folder, only="gate", earlier=nothing)
+    assert (outcome.exit_code, outcome.results["verdict"]) == (5, "inconclusive")
+    events = Silent()
+    outcome = start(folder, earlier=against, events=events)
+    assert "stage report is done again: the baseline changed" in events.seen
+    assert outcome.exit_code == 0
+    page = (folder / "run" / "report.md").read_text()
+    assert "ONNX size over the baseline's" in page
+    assert {status for _, status, _ in start(folder, earlier=against).stages} == {"cached"}
 
 
 def test_a_failed_gate_is_exit_5(finished: Path, tmp_path: Path) -> None:
