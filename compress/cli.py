@@ -322,6 +322,7 @@ STAGE_HELP = {
     "prune": "Remove channels until the target is met.",
     "finetune": "Train the smaller model.",
     "export": "Write both models as ONNX and compare each with PyTorch.",
+    "convert": "Write both models in other precisions, if any are asked for.",
     "bench": "Measure the latency of both models, in pairs.",
     "report": "Judge the gates and write the report.",
     "gate": "Exit with 5 unless every gate passes.",

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress import distributed, files, manifest, measuring, preview
+from compress import aim, distributed, files, manifest, measuring, preview, variants
 from compress.aim import aimed
 from compress.comparison import compare
 from compress.config import Config, section_hash
@@ -35,6 +35,7 @@ from compress.stages import STAGES
 from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_stage, train_stage
 from compress.task import build_task
 from compress.trace import Traced
+from compress.variants import convert_stage
 
 __all__ = [
     "STAGES",
@@ -57,6 +58,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
     "prune": prune_stage,
     "finetune": finetune_stage,
     "export": export_stage,
+    "convert": convert_stage,
     "bench": bench_stage,
     "report": report_stage,
     "gate": gate_stage,
@@ -66,6 +68,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "prune": ("prune", "data", "seed", "device"),
     "finetune": ("finetune", "data", "seed", "device"),
     "export": ("export", "seed"),
+    "convert": ("export",),
     "bench": ("bench", "seed"),
     "report": ("gates", "recipe"),
     "gate": ("gates",),
@@ -302,8 +305,10 @@ def _key(work: Work, name: str, taken: StageRecord | None = None) -> str:
 def _around(work: Work, name: str) -> dict[str, Callable[[], Any]]:
     """What else the stage depends on than its config and the files before it."""
     found: dict[str, Callable[[], Any]] = {"versions": _releases}
-    if name in SHARED:
+    if name in SHARED or (name == "convert" and variants.wanted(work.config)):
         found["data"] = lambda: work.data.fingerprint
+    if name == "convert":
+        found["precisions"] = lambda: [*variants.wanted(work.config), aim.target(work.config).runner]
     if name == "train":
         found["weights"] = lambda: _weights_hash(work)
     if name == "prune":
@@ -326,7 +331,7 @@ def _parts(record: StageRecord) -> dict[str, Any]:
 
 WHAT = {"config": "its part of the config", "inputs": "a file of a stage before it", "data": "the data"}
 WHAT |= {"weights": "the model's weights", "align": "the alignment", "baseline": "the baseline"}
-WHAT |= {"targets": "what other targets measured"}
+WHAT |= {"targets": "what other targets measured", "precisions": "the precisions"}
 
 
 def _changed(record: StageRecord, key: str) -> str:

@@ -235,6 +235,15 @@ class ExportConfig(Section):
     opset: Count | None = Field(default=None, description="ONNX operator set; null: the exporter's own")
     tolerance: Positive = Field(default=1e-4, description="largest relative error, ONNX against PyTorch")
     batches: Counts = Field(default=[1, 2, 7], description="batch sizes at which the two are compared")
+    precisions: list[Literal["fp16", "bf16", "int8", "fp8"]] = Field(
+        default_factory=list, description="ONNX files of these too: fp16, bf16, int8, fp8"
+    )
+    calibration_images: Count = Field(
+        default=512, description="training images that ranges of int8 and fp8 are taken from"
+    )
+    keep_fp32: Literal["first_last", "none"] | list[Name] = Field(
+        default="first_last", description="layers left alone by int8 and fp8: first_last, none, or names of nodes"
+    )
 
 
 class BenchConfig(Section):
@@ -243,8 +252,10 @@ class BenchConfig(Section):
     target: Name = Field(
         default="cpu-ort", description="the hardware it is for: a target's name, or a .toml file"
     )
-    precision: Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"] | None = Field(
-        default=None, description="fp32, tf32, fp16, bf16, int8 or fp8; null: the target's"
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8", "auto"] | None = Field(
+        default=None,
+        description="fp32, tf32, fp16, bf16, int8, fp8, or auto (the fastest of export.precisions that keeps "
+        "the accuracy); null: the target's",
     )
     batches: Counts | None = Field(default=None, description="batch sizes; null: the target's")
     repeats: int = Field(

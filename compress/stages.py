@@ -1,3 +1,3 @@
 """The stages of a run, in order. Apart from the pipeline, so that naming them needs no torch."""
 
-STAGES = ("train", "prune", "finetune", "export", "bench", "report", "gate")
+STAGES = ("train", "prune", "finetune", "export", "convert", "bench", "report", "gate")

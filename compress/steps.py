@@ -177,7 +177,7 @@ class Work:
     def test(self, net: nn.Module) -> dict[str, Any]:
         """Evaluate on the test split; wrong: the numbers of the examples it got wrong."""
         net.to(self.device)
-        return _evaluation(self.task.evaluate(net, "test"))
+        return evaluation(self.task.evaluate(net, "test"))
 
 
 def _own_gpu(device: torch.device) -> torch.device:
@@ -188,7 +188,7 @@ def _own_gpu(device: torch.device) -> torch.device:
     return torch.device("cuda", launched().local_rank)
 
 
-def _evaluation(found: Evaluation) -> dict[str, Any]:
+def evaluation(found: Evaluation) -> dict[str, Any]:
     wrong = None if found.correct is None else torch.nonzero(~found.correct).flatten().tolist()
     loss = found.loss if math.isfinite(found.loss) else None
     return {"metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong}

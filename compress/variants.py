@@ -1,0 +1,127 @@
+"""The convert stage: both ONNX files in further precisions, each compared and measured on the test examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from compress import aim, files
+from compress.config import Config
+from compress.errors import ConfigError
+from compress.steps import Done, Work, evaluation, finite
+from compress.task import move
+from compress.trace import GraphNet
+
+if TYPE_CHECKING:
+    from deploy.runners import Array, Runner
+
+MODELS = ("original", "dense")
+AS_THEY_ARE = ("fp32", "tf32")  # the same file; tf32 is a matter of the engine
+COMPARED = 512  # test examples on which a variant's outputs are compared with the fp32 file's
+
+
+def wanted(config: Config) -> list[str]:
+    """The precisions that need files of their own, sorted. `config` is aimed."""
+    asked = {*config.export.precisions, config.bench.precision} - {*AS_THEY_ARE, "auto", None}
+    return sorted(str(name) for name in asked)
+
+
+def file_name(model: str, precision: str) -> str:
+    """The ONNX file of a model in a precision."""
+    return f"{model}.onnx" if precision in AS_THEY_ARE else f"{model}.{precision}.onnx"
+
+
+def convert_stage(work: Work) -> Done:
+    """Write the variants, and hold each against the fp32 file and the test examples."""
+    plans = [(precision, model) for precision in wanted(work.config) for model in MODELS]
+    if plans and work.read("train.json")["parts"] is not None:
+        what = "only a model that is traced whole can be brought to other precisions"
+        raise ConfigError(what, "export.precisions", "leave them out, and bench in fp32")
+    rows = []
+    for done, (precision, model) in enumerate(plans):
+        work.events.progress("convert", done, len(plans), f"{model} {precision}")
+        rows.append(_variant(work, model, precision))
+    said = ", ".join(f"{row['file']} {row['accuracy']['value']:.2%}" for row in rows)
+    outputs = [*(row["file"] for row in rows), work.write("convert.json", {"variants": rows})]
+    return Done(outputs, said or "no further precision is asked for")
+
+
+def _variant(work: Work, model: str, precision: str) -> dict[str, Any]:
+    """Convert one file and measure it, with ONNX Runtime on this CPU."""
+    from deploy import precision as precisions
+    from deploy import runners
+
+    config, net, task = work.config.export, work.load(model), work.task
+    source, path = work.run / f"{model}.onnx", work.run / file_name(model, precision)
+    with files.whole(path) as temporary:
+        made = precisions.convert(
+            source, temporary, precision,
+            calibration=_seen(net, config.calibration_images, lambda given: _train_on(work, given)),
+            keep=() if config.keep_fp32 == "none" else config.keep_fp32,
+            runner=aim.target(work.config).runner,
+        )  # fmt: skip
+    row = {"model": model, "file": path.name, **asdict(made), "runner": "onnxruntime"}
+    row.pop("seconds")  # the same run gives the same files
+    reference, candidate = (runners.open_runner("onnxruntime", p) for p in (source, path))
+    inputs = _seen(net, COMPARED, lambda given: task.evaluate(given, "test"))
+    found = precisions.evaluate(reference, candidate, [(batch, None) for batch in inputs])
+    row |= finite({"relative": found.relative, "agreement": found.agreement, "compared": found.images})
+    row["accuracy"] = evaluation(task.evaluate(_Played(candidate, net), "test"))
+    candidate.close()
+    reference.close()
+    return row
+
+
+def _train_on(work: Work, net: nn.Module) -> None:
+    for batch in work.task.train_batches(1, 0):
+        work.task.loss(net, move(batch, torch.device("cpu")))
+
+
+class _Enough(Exception):
+    """Ends a pass over data from inside the model."""
+
+
+class _Recorder(nn.Module):
+    """Notes what the net is called with, and ends the pass with `_Enough` after `most` examples."""
+
+    def __init__(self, net: GraphNet, most: int) -> None:
+        super().__init__()
+        self.net, self.most = net.eval(), most
+        self.seen: list[tuple[Array, ...]] = []
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        self.seen.append(tuple(x.numpy() for x in flat))
+        if sum(len(batch[0]) for batch in self.seen) >= self.most:
+            raise _Enough
+        return self.net(*args, **kwargs)
+
+
+def _seen(net: GraphNet, most: int, work_with: Callable[[nn.Module], Any]) -> list[tuple[Array, ...]]:
+    """The inputs of the first batches, at least `most` examples if there are so many."""
+    recorder = _Recorder(net, most)
+    try:
+        work_with(recorder)
+    except _Enough:
+        pass
+    return recorder.seen
+
+
+class _Played(nn.Module):
+    """A runner in the place of a net, so that the task can measure it."""
+
+    def __init__(self, runner: Runner, net: GraphNet) -> None:
+        super().__init__()
+        self.runner = runner
+        self.structure = net.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = self.runner.infer(tuple(x.numpy() for x in flat))
+        return pytree.tree_unflatten([torch.from_numpy(y) for y in outputs], self.structure)
