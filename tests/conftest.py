@@ -18,3 +18,11 @@ def compress_data() -> Path:
     if not folder:
         pytest.skip("COMPRESS_DATA is not set: it names the folder with CIFAR-10 and pretrained weights")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The networks of tests/precision_nets.py, in fp32 ONNX, by name."""
+    from tests.precision_nets import export_all
+
+    return export_all(tmp_path_factory.mktemp("exported"))
