@@ -114,19 +114,17 @@ def row(paths: dict[str, Path], batch: int, threads: int, repeats: int, seconds:
 
 def why(paths: dict[str, Path], batch: int, threads: int, align: int, ratio: float) -> str:
     """Where the time went that the MACs promised to save: reasons by time, each with its worst layer."""
-    from deploy.parity import normal_inputs
-    from deploy.profile import compare
-    from deploy.profilers import profile_onnx
+    from deploy import parity, profile, profilers
 
-    inputs = normal_inputs([SHAPE], batch, 0)
-    profiles = profile_onnx(paths, inputs, runs=PROFILED_RUNS, threads=threads)
+    inputs = parity.normal_inputs([SHAPE], batch, 0)
+    profiles = profilers.profile_onnx(paths, inputs, runs=PROFILED_RUNS, threads=threads)
     before, after = profiles["original"], profiles["pruned"]
-    rows = compare(before, after, align=align)
+    rows = profile.compare(before, after, align=align)
     lost: dict[str, float] = {"outside the layers": after.outside_ms - ratio * before.outside_ms}
     worst: dict[str, tuple[float, str]] = {}
     for change in rows:
         missed = (change.after_ms or 0.0) - ratio * (change.before_ms or 0.0)
-        reason = change.reason or "as fast as its own MACs promise"
+        reason = change.reason or "pruned less than the rest"
         lost[reason] = lost.get(reason, 0.0) + missed
         told = f"{change.layer}: {change.why}" if change.why and change.why != reason else change.layer
         worst[reason] = max(worst.get(reason, (0.0, "")), (missed, told))

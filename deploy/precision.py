@@ -116,7 +116,7 @@ def _converted(
     """The new file's content, and its description."""
     import onnx
 
-    plain = _without_branches(model)
+    plain = _plain(model)
     before = (list(model.metadata_props), model.producer_name, model.producer_version)
     names = keep if isinstance(keep, str) else _nodes_named(plain, keep)
     done: Any
@@ -135,8 +135,11 @@ def _converted(
     return content, Converted(precision, len(content), done.low, sum(done.why.values()), done.why)
 
 
-def _without_branches(model: ModelProto) -> ModelProto:
-    """A copy with functions inlined. Raises ExportError for nodes that hold graphs of their own."""
+def _plain(model: ModelProto) -> ModelProto:
+    """A copy with functions inlined, and without weights among its inputs, as old exporters list them.
+
+    Raises ExportError for nodes that hold graphs of their own.
+    """
     import onnx.inliner
 
     copy = onnx.ModelProto()
@@ -144,6 +147,10 @@ def _without_branches(model: ModelProto) -> ModelProto:
     for node in copy.graph.node:
         if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             raise ExportError(f"{node.op_type} holds a graph of its own", node.name, "use fp32 or tf32")
+    weights = {tensor.name for tensor in copy.graph.initializer}
+    inputs = [value for value in copy.graph.input if value.name not in weights]
+    del copy.graph.input[:]
+    copy.graph.input.extend(inputs)
     return copy
 
 

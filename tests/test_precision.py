@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+import torch
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
 
 from deploy.errors import ArtifactError, DeployError, ExportError, MeasureError
+from deploy.parity import normal_inputs
 from deploy.precision import (
     PRECISIONS,
     TOLERANCES,
@@ -26,8 +29,10 @@ from deploy.precision import (
     convert,
     evaluate,
 )
-from deploy.runners import Array
-from tests.precision_nets import NETS, batches
+from deploy.runners import Array, open_runner
+from deploy.to_onnx import export
+from tests.helpers import randomise
+from tests.precision_nets import NETS, batches, distance, run_plainly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = """
@@ -165,6 +170,48 @@ def test_a_branch_is_refused(tmp_path: Path) -> None:
     assert text == "branch: If holds a graph of its own; use fp32 or tf32"
 
 
+class Words(nn.Module):
+    """Whole numbers beside an image: a table, a convolution, and a layer that reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.conv = nn.Embedding(7, 8), nn.Conv2d(3, 8, 3)
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, image: Tensor, word: Tensor) -> Tensor:
+        return self.head(self.mix(self.conv(image).mean((2, 3)) + self.table(word)).relu())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_several_inputs_of_other_types(tmp_path: Path, precision: str) -> None:
+    image, words = np.ones((4, 3, 6, 6), np.float32), np.array([0, 6, 3, 3])
+    example = torch.from_numpy(image), torch.from_numpy(words)
+    export(randomise(Words()).eval(), example, tmp_path / "a.onnx")
+    convert(tmp_path / "a.onnx", tmp_path / "b.onnx", precision, calibration=[(image, words)])
+    ports = onnx.load(tmp_path / "b.onnx").graph.input
+    assert [port.type.tensor_type.elem_type for port in ports] == [1, 7]
+    expected, found = (
+        open_runner("onnxruntime", tmp_path / name).infer((image, words))[0] for name in ("a.onnx", "b.onnx")
+    )
+    assert 1e-6 < distance(expected, found) < 0.05
+
+
+def test_weights_that_are_listed_as_inputs(tmp_path: Path) -> None:
+    """As files of old exporters do."""
+    ports = [helper.make_tensor_value_info(*port) for port in (("input", 1, ["batch", 4]), ("w", 1, [4, 3]))]
+    weight = numpy_helper.from_array(np.random.default_rng(0).random((4, 3), np.float32), "w")
+    out = helper.make_tensor_value_info("y", 1, ["batch", 3])
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["input", "w"], ["y"])], "g", ports, [out], [weight]
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "a.onnx")
+    (x,) = normal_inputs([(4,)], 5, 0)
+    for precision in ("fp16", "int8", "fp8"):
+        convert(tmp_path / "a.onnx", tmp_path / "b.onnx", precision, calibration=[(x,)], keep=())
+        assert [port.name for port in onnx.load(tmp_path / "b.onnx").graph.input] == ["input"]
+        assert distance(x @ numpy_helper.to_array(weight), run_plainly(tmp_path / "b.onnx", x)) < 0.1
+
+
 # What it costs, and which one to take
 
 
@@ -286,12 +333,8 @@ def test_every_precision_has_a_tolerance() -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_tensorrt_rtx_builds_every_precision(exported: dict[str, Path], tmp_path: Path, name: str) -> None:
     """Strongly typed engines, built without a GPU."""
-    tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from deploy.runners import _import_failure
-
-    failure = _import_failure("tensorrt_rtx")
-    if failure:
-        pytest.skip(f"tensorrt_rtx does not import: {failure}")
+    reason = "tensorrt_rtx is not installed, or does not import"
+    tensorrt = pytest.importorskip("tensorrt_rtx", reason=reason, exc_type=ImportError)
     sizes = {}
     for precision in PRECISIONS:
         out = tmp_path / f"{precision}.onnx"
