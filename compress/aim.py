@@ -10,6 +10,8 @@ from compress.errors import ConfigError, TargetError, did_you_mean
 if TYPE_CHECKING:
     from deploy.targets import Target
 
+ON_CPU = ("torch", "torch_compile", "onnxruntime")
+
 
 def target(config: Config) -> Target:
     """The target of `bench.target`. Raises MeasureError (exit 3) for one that does not exist."""
@@ -79,5 +81,5 @@ def check(config: Config, *, here: bool) -> None:
     for kind in aimed(config).bench.runners or ():
         if kind not in runners.KINDS:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
-        if here and kind.endswith("_cuda") and not torch.cuda.is_available():
+        if here and kind not in ON_CPU and not torch.cuda.is_available():
             raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")

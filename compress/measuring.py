@@ -6,6 +6,8 @@ One document per target: what was measured (by sha256), on which machine, every 
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,14 +17,16 @@ from typing import Any
 
 import torch
 
-from compress import aim, files
+from compress import aim, files, profiling, variants
 from compress.config import BenchConfig
 from compress.errors import ConfigError, IntegrityError, Interrupted
 from compress.steps import Done, Work, finite
+from compress.variants import MODELS
+from deploy.runners import ENGINE_KINDS
 
 SCHEMA_VERSION = 1
-FOLDER = "targets"
-MODELS = ("original", "dense")
+FOLDER, ENGINES = "targets", "engines"
+TRIED = "tf32"  # by `precision: auto`, where an engine has it
 
 
 def bench_stage(work: Work) -> Done:
@@ -33,59 +37,197 @@ def bench_stage(work: Work) -> Done:
 
 
 def measure(work: Work) -> dict[str, Any]:
-    """The document of the config's target: both models, interleaved, on every runner and batch size."""
-    from deploy import latency, machine
+    """The document of the config's target: both models, interleaved, on every runner and batch size.
 
-    config = work.config.bench
-    kinds, batches, threads = config.runners or [], config.batches or [], config.threads or 1
+    In another precision than fp32 the original in fp32 takes its turns too: `speedup` is what pruning gives
+    in that precision, `overall` what both give.
+    """
+    from deploy import machine
+
+    bench, engines = work.config.bench, list[dict[str, Any]]()
+    kinds, batches = list(bench.runners or []), list(bench.batches or [])
     if torch.cuda.is_available() and "torch_cuda" not in kinds:
-        kinds = [*kinds, "torch_cuda"]
-    rows: list[Any] = []
-    ratios: list[Any] = []
-    for kind in kinds:
-        for batch in batches:
-            place = len(ratios)
-
-            def show(done: int, of: int, place: int = place, kind: str = kind, batch: int = batch) -> None:
-                work.events.progress(
-                    "bench", place + done / of, len(kinds) * len(batches), f"{kind}, batch {batch}"
-                )
-                _stop_between(work)
-
-            with ExitStack() as opened:
-                pair = {name: _open(work, opened, kind, name, threads) for name in MODELS}
-                found = latency.measure(
-                    pair, work.shapes, batch, config.repeats, config.seconds,
-                    seed=work.config.seed, progress=show,
-                )  # fmt: skip
-            rows += [finite(row.as_dict()) for row in found.latency]
-            ratios += [finite(asdict(ratio)) for ratio in found.speedup]
-    return {
+        kinds.append("torch_cuda")
+    choice = _choose(work, engines) if bench.precision == "auto" else None
+    precision = str(bench.precision) if choice is None else choice["name"]
+    document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "target": _target(work),
+        "target": _target(work, precision),
         "models": {name: files.sha256(work.run / f"{name}.onnx") for name in MODELS},
         "machine": machine.describe(),
-        "latency": rows,
-        "speedup": ratios,
+        "choice": choice,
+        "engines": engines,
+        "latency": [],
+        "speedup": [],
+        "overall": [],
     }
+    for number, (kind, batch) in enumerate(itertools.product(kinds, batches)):
+        _add(document, work, kind, batch, precision, (number, len(kinds) * len(batches)))
+    document["profile"] = _profile(work, document, precision)
+    return document
 
 
-def _open(work: Work, opened: ExitStack, kind: str, name: str, threads: int) -> Any:
+def _profile(work: Work, document: dict[str, Any], precision: str) -> dict[str, Any] | None:
+    kind = aim.target(work.config).runner
+    with ExitStack() as opened:
+        artifacts: dict[str, Any] = {}
+        for name in MODELS:
+            engine = kind in ENGINE_KINDS
+            runner = _open(work, opened, kind, name, precision, document["engines"]) if engine else None
+            artifacts[name] = (work.run / variants.file_name(name, precision), runner)
+        return profiling.profile(work, document, artifacts)
+
+
+def _add(
+    document: dict[str, Any], work: Work, kind: str, batch: int, precision: str, place: tuple[int, int]
+) -> None:
+    """Measure one runner at one batch size."""
+    from deploy import latency
+
+    own = "fp32" if kind.startswith("torch") else precision
+    turns = {name: (name, own) for name in MODELS}
+    if own != "fp32":
+        turns["original fp32"] = ("original", "fp32")
+    with ExitStack() as opened:
+        found = _timed(work, opened, kind, batch, turns, place, document["engines"])
+    for row in found.latency:
+        document["latency"].append(finite(row.as_dict()) | {"precision": turns[row.model][1]})
+    document["speedup"].append(finite(asdict(found.speedup[0])) | {"precision": own})
+    if own != "fp32":
+        _, dense, plain = found.latency
+        both = latency.speedup(plain.repeats_ms, dense.repeats_ms, runner=kind, batch=batch)
+        document["overall"].append(finite(asdict(both)) | {"precision": own})
+
+
+def _timed(
+    work: Work, opened: ExitStack, kind: str, batch: int, turns: Mapping[str, tuple[str, str]],
+    place: tuple[int, int], engines: list[dict[str, Any]],
+) -> Any:  # fmt: skip
+    """Measurements of (model, precision) pairs that take turns on one runner, by name."""
+    from deploy import latency
+
+    config = work.config.bench
+
+    def show(done: int, of: int) -> None:
+        work.events.progress("bench", place[0] + done / of, place[1], f"{kind}, batch {batch}")
+        _stop_between(work)
+
+    pair = {name: _open(work, opened, kind, *turn, engines) for name, turn in turns.items()}
+    return latency.measure(
+        pair, work.shapes, batch, config.repeats, config.seconds, seed=work.config.seed, progress=show
+    )
+
+
+def _choose(work: Work, engines: list[dict[str, Any]]) -> dict[str, Any]:
+    """`precision: auto`: the dense model in every precision there is, on the target's runner."""
+    from deploy import precision as precisions
+    from deploy.errors import DeployError
+
+    config, kind = work.config, aim.target(work.config).runner
+    batch = config.gates.batch or max(config.bench.batches or [1])
+    names = ["fp32", *([TRIED] if kind in ENGINE_KINDS else []), *variants.wanted(config)]
+    known = {
+        row["precision"]: row for row in work.read("convert.json")["variants"] if row["model"] == "dense"
+    }
+    before = work.read("finetune.json")["accuracy"]
+    failures: dict[str, str] = {}
+    with ExitStack() as opened:
+        turns = {}
+        for name in names:
+            try:
+                _open(work, opened, kind, "dense", name, engines)
+                turns[name] = ("dense", name)
+            except DeployError as error:
+                failures[name] = str(error)
+    with ExitStack() as opened:
+        found = _timed(work, opened, kind, batch, turns, (0, 1), engines)
+    medians = {row.model: row.median for row in found.latency}
+    rows = [
+        precisions.Variant(
+            name,
+            medians.get(name, math.inf),
+            _judged(known.get(name), before),
+            failures.get(name) or known.get(name, {}).get("failure", ""),
+        )
+        for name in names
+    ]
+    tolerated = config.gates.accuracy_drop if config.gates.accuracy_drop is not None else 0.01
+    chosen = precisions.choose(rows, tolerated)
+    return {"name": chosen.name, "why": chosen.why, "runner": kind, "batch": batch, "median_ms": medians}
+
+
+def _judged(row: Mapping[str, Any] | None, before: Mapping[str, Any]) -> Any:
+    """A variant beside the dense network in fp32, as `deploy.precision` judges it."""
+    from deploy.precision import Evaluation
+
+    n = int(before["n"])
+    right = round(before["value"] * n)
+    if row is None:  # the fp32 file itself
+        return Evaluation(n, 0.0, 1.0, right, right)
+    if row["failure"]:
+        return None
+    relative = math.inf if row["relative"] is None else row["relative"]
+    return Evaluation(n, relative, row["agreement"], round(row["accuracy"]["value"] * n), right)
+
+
+def _open(
+    work: Work, opened: ExitStack, kind: str, model: str, precision: str, engines: list[dict[str, Any]]
+) -> Any:
+    """A runner of one model in one precision, closed with `opened`."""
     from deploy import runners
 
-    artifact = work.run / f"{name}.onnx" if kind.startswith("onnxruntime") else work.load(name)
-    runner = runners.open_runner(kind, artifact, threads)
+    path, how = work.run / variants.file_name(model, precision), "fp32"
+    if not path.is_file():
+        what = f"there is no {path.name}"
+        raise ConfigError(what, "bench", f"add {precision} to export.precisions, and run the convert stage")
+    if kind in ENGINE_KINDS:
+        path = _engine(work, kind, path, precision, engines)
+    elif precision == "tf32":
+        how = "tf32"
+    artifact = work.load(model) if kind.startswith("torch") else path
+    runner = runners.open_runner(kind, artifact, work.config.bench.threads or 1, precision=how)
     opened.callback(runner.close)  # in reverse order: they restore the thread count
     return runner
 
 
-def _target(work: Work) -> dict[str, Any]:
-    chosen, bench = aim.target(work.config), work.config.bench
+def _engine(work: Work, library: str, onnx: Path, precision: str, built: list[dict[str, Any]]) -> Path:
+    """The engine of an ONNX file for this machine: the one that is there, else a new one."""
+    from deploy import engines, to_tensorrt
+    from deploy.errors import DeployError
+
+    batches = sorted(work.config.bench.batches or [1])
+    folder = work.run / ENGINES / aim.target(work.config).name
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{onnx.stem}{'.tf32' if precision == 'tf32' else ''}.engine"
+    try:
+        sidecar = engines.check(path, here=engines.this_machine(library))
+        if sidecar["onnx"]["sha256"] == files.sha256(onnx):
+            return path
+    except DeployError:
+        pass  # none, or not for this machine: built below
+    own = work.config.bench.engine
+    options = to_tensorrt.EngineOptions(
+        batches=(batches[0], batches[len(batches) // 2], batches[-1]), tf32=precision == "tf32",
+        **own.model_dump(),
+    )  # fmt: skip
+    work.events.note(f"building {path.name} with {library}")
+    facts = {"plan": files.sha256(work.run / "plan.json"), "target": aim.target(work.config).name}
+    made = to_tensorrt.build(onnx, path, library, options, timing_cache=_cache(folder, library), facts=facts)
+    built.append({"file": path.name, "library": library, "bytes": made.bytes, "seconds": made.seconds})
+    return path
+
+
+def _cache(folder: Path, library: str) -> Path | None:
+    return folder / "timing.cache" if library == "tensorrt" else None
+
+
+def _target(work: Work, precision: str) -> dict[str, Any]:
+    chosen = aim.target(work.config)
     return {
         "name": chosen.name,
         "description": chosen.description,
         "runner": chosen.runner,
-        "precision": bench.precision,
+        "precision": precision,
         "gpu": chosen.gpu,
     }
 

@@ -66,6 +66,7 @@ def gather(work: Work) -> dict[str, Any]:
     exported, bench = work.read("export.json"), work.read("bench.json")
     config = work.config
     sizes = exported["onnx_bytes"]
+    shipped = _shipped(work, bench["target"]["precision"])
     artifacts = {n: f for record in manifest.load(work.run).values() for n, f in record.outputs.items()}
     return {
         "schema_version": 1,
@@ -78,10 +79,15 @@ def gather(work: Work) -> dict[str, Any]:
             "parameters": pruned["cost"]["params"]["before"],
         },
         "data": {"name": config.data.name, **before["data"]},
-        "accuracy": _accuracy(before["accuracy"], pruned["accuracy"], after["accuracy"]),
+        "accuracy": _accuracy(
+            before["accuracy"], pruned["accuracy"], shipped["accuracy"] if shipped else after["accuracy"]
+        ),
         "cost": {
             **pruned["cost"],
-            "onnx_bytes": {"before": sizes["original"], "after": sizes["dense"]},
+            "onnx_bytes": {
+                "before": sizes["original"],
+                "after": shipped["bytes"] if shipped else sizes["dense"],
+            },
             "peak_rss_bytes": _peak_rss_bytes(),
         },
         "pruning": {
@@ -101,7 +107,12 @@ def gather(work: Work) -> dict[str, Any]:
         "parity": exported["parity"],
         "latency": bench["latency"],
         "speedup": bench["speedup"],
+        "overall": bench["overall"],
         "target": bench["target"],
+        "choice": bench["choice"],
+        "engines": bench["engines"],
+        "profile": bench["profile"],
+        "variants": work.read("convert.json")["variants"],
         "others": measuring.others(work),
         "provenance": {
             "versions": machine.versions(),
@@ -112,6 +123,12 @@ def gather(work: Work) -> dict[str, Any]:
             "artifacts": [{"path": name, **facts} for name, facts in artifacts.items()],
         },
     }
+
+
+def _shipped(work: Work, precision: str) -> dict[str, Any] | None:
+    """The dense model's variant in the target's precision; None where that is the fp32 file."""
+    rows = work.read("convert.json")["variants"]
+    return next((r for r in rows if (r["model"], r["precision"]) == ("dense", precision)), None)
 
 
 def _accuracy(before: dict[str, Any], pruned: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -242,7 +242,22 @@ class ExportConfig(Section):
         default=512, description="training images that ranges of int8 and fp8 are taken from"
     )
     keep_fp32: Literal["first_last", "none"] | list[Name] = Field(
-        default="first_last", description="layers left alone by int8 and fp8: first_last, none, or names of nodes"
+        default="first_last",
+        description="layers left alone by int8 and fp8: first_last, none, or names of nodes",
+    )
+
+
+class EngineConfig(Section):
+    """How TensorRT and TensorRT-RTX build; null leaves it to them."""
+
+    workspace_mib: Count | None = Field(default=None, description="most scratch memory, MiB")
+    builder_level: int | None = Field(
+        default=None, ge=0, le=5, description="0 builds fast, 5 takes long for a fast engine"
+    )
+    refit: bool = Field(default=False, description="weights can be replaced in the engine later")
+    version_compatible: bool = Field(default=False, description="later versions of the library run it too")
+    compute_capability: Name | None = Field(
+        default=None, description='tensorrt_rtx: for this GPU, such as "8.9"'
     )
 
 
@@ -265,6 +280,9 @@ class BenchConfig(Section):
     threads: Count | None = Field(default=None, description="CPU threads; null: the target's")
     runners: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None, description="what runs the model; null: PyTorch and the target's runner"
+    )
+    engine: EngineConfig = Field(
+        default_factory=EngineConfig, description="how engines are built: {workspace_mib: 1024, ...}"
     )
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import charts, gate, tables
+from deploy import charts, gate, profile_view, tables
 from deploy.tables import NOT_MEASURED, NOT_RECORDED
 from deploy.values import (
     entries,
@@ -61,7 +61,7 @@ def render(results: Mapping[str, Any]) -> Report:
     Raises MeasureError when the results were written in another version of the format.
     """
     _check_version(results)
-    page = view(results) | {"charts": charts.draw(results)}
+    page = view(results) | {"charts": _charts(results)}
     return Report(
         html=_fitting("report.html.j2", page, HTML_LIMITS, HTML_BYTES), markdown=render_markdown(results)
     )
@@ -91,6 +91,7 @@ def _check_version(results: Mapping[str, Any]) -> None:
 def view(results: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the templates say, as plain texts and tables."""
     gates, provenance = rows(results, "gates"), section(results, "provenance")
+    profile = section(results, "profile")
     verdict = _verdict(gates)
     config = provenance.get("config")
     return {
@@ -107,7 +108,11 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "gates": tables.gates(results),
         "summary": tables.summary(results),
         "speedups": tables.speedups(results),
+        "overall": tables.overall(results),
+        "precisions": tables.precisions(results),
         "targets": tables.targets(results),
+        "profile": profile_view.table(profile) if profile else None,
+        "profile_said": profile_view.sentence(profile) if profile else "",
         "latency": tables.latency(results),
         "warnings": tables.latency_warnings(results),
         "parity": tables.parity(results),
@@ -132,6 +137,11 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "config": json.dumps(config, indent=1, ensure_ascii=False, default=str) if config else "",
         "not_measured": NOT_MEASURED,
     }
+
+
+def _charts(results: Mapping[str, Any]) -> dict[str, str]:
+    profile = section(results, "profile")
+    return {**charts.draw(results), "profile": profile_view.chart(profile) if profile else ""}
 
 
 def _verdict(gates: Sequence[Mapping[str, Any]]) -> gate.Overall:

@@ -144,6 +144,35 @@ def speedups(results: Mapping[str, Any]) -> Table:
     return Table(headers, "crrrrt", tuple(body))
 
 
+def overall(results: Mapping[str, Any]) -> Table:
+    """The pruned model in the target's precision against the original in fp32; empty in fp32."""
+    body = []
+    for row in rows(results, "overall"):
+        where = (text(row.get("runner")), text(row.get("batch")), text(row.get("precision")))
+        found = (measured(row.get("ratio"), times), interval(row, times), text(row.get("verdict")))
+        body.append((*where, *found))
+    return Table(
+        ("Runner", "Batch", "Precision", "Speed-up", "95 % interval", "It is"), "crtrrt", tuple(body)
+    )
+
+
+def precisions(results: Mapping[str, Any]) -> Table:
+    """Every variant of both models, measured on real data."""
+    why = section(section(results, "choice"), "why")
+    body = []
+    for row in rows(results, "variants"):
+        found = section(row, "accuracy")
+        kept = "; ".join(f"{count(n)}: {reason}" for reason, n in section(row, "why_kept").items())
+        body.append((
+            text(row.get("file")), model_word(row), text(row.get("precision")), count(row.get("bytes")),
+            measured(found.get("value"), percent), measured(row.get("relative"), scientific),
+            measured(row.get("agreement"), percent), text(row.get("nodes_low")), kept or "none",
+            text(why.get(str(row.get("precision"))), "") if row.get("model") == "dense" else "",
+        ))  # fmt: skip
+    headers = ("File", "Model", "Precision", "Bytes", "Accuracy", "Largest error", "Same top-1", "Converted")
+    return Table((*headers, "Kept in fp32", "Choice"), "cttrrrrrtt", tuple(body))
+
+
 def targets(results: Mapping[str, Any]) -> Table:
     """Every speed-up on every target: the config's, then those measured apart; empty without such."""
     apart = rows(results, "others")
