@@ -36,6 +36,8 @@ _BEHIND = frozenset(("DequantizeLinear", "Cast"))  # a weight may be stored in a
 _STORED = re.compile(r"_(quantized|scale|zero_point|quantized_scale|quantized_zero_point)$")
 # onnxruntime's blocked layout: nodes are named after the tensor that they make, tensors get new names.
 _BLOCKED = re.compile(r"^(.+)_nchwc(_token_\d+)?$")
+_NUMBERED = re.compile(r"_token_\d+$")
+_CAST = "InsertedPrecisionFreeCast_"  # and this in front of one that it computes in fp32
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ class OnnxLayers:
         self._graph = graph
         self.weights = {entry.name: tuple(entry.dims) for entry in graph.initializer}
         self._producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-        self.places = place_nodes(self._nodes())
+        self._index = {node.name: i for i, node in enumerate(graph.node) if node.name}
+        self._nodes = self._read_nodes()
+        self.places = place_nodes(self._nodes)
         self._modules = {place.module for place in self.places} - {""}
 
-    def _nodes(self) -> list[Node]:
+    def _read_nodes(self) -> list[Node]:
         readers: dict[str, list[Any]] = {}
         for node in self._graph.node:
             for name in node.input:
@@ -109,13 +113,12 @@ class OnnxLayers:
 
     def of_names(self, names: Sequence[str]) -> Place | None:
         """The layer of a kernel made of these nodes of the exported graph; None if it knows none of them."""
-        index = {node.name: i for i, node in enumerate(self._graph.node)}
-        return self._of([index[name] for name in names if name in index])
+        return self._of([self._index[name] for name in names if name in self._index])
 
     def of_optimised(self, graph: Any) -> list[tuple[Place, tuple[int, ...]]]:
         """For each node of the graph that a runtime executes: its layer, and the exported nodes inside it."""
         anchors = [self._anchors(node) for node in graph.node]
-        ends = {name for found in anchors for name in found}
+        ends = {name for found in anchors for i in found for name in self._graph.node[i].output}
         taken: set[int] = set()
         by_tensor: dict[str, Place] = {}
         found: list[tuple[Place, tuple[int, ...]]] = []
@@ -127,15 +130,33 @@ class OnnxLayers:
             found.append((place, tuple(covered)))
         return found
 
-    def _anchors(self, node: Any) -> list[str]:
+    def _anchors(self, node: Any) -> list[int]:
+        """The exported nodes whose results this one makes: by its tensors, else by its own name or theirs."""
         blocked = _BLOCKED.match(node.name)
-        names = [*node.output, *([blocked[1]] if blocked else [])]
-        return [name for name in names if name in self._producer]
+        names = [name.removeprefix(_CAST) for name in (*node.output, *([blocked[1]] if blocked else []))]
+        found = [self._producer[name] for name in names if name in self._producer]
+        own = (_NUMBERED.sub("", name) for name in (node.name, *names))
+        return found or [self._index[name] for name in own if name in self._index][:1]
 
-    def _covered(self, anchors: Sequence[str], ends: set[str], taken: set[int]) -> list[int]:
-        """The exported nodes from these tensors back to the next ones that survived, each once."""
+    def weight(self, index: int) -> tuple[tuple[int, ...], bool] | None:
+        """The constant factor of a contraction: its dims, and whether output channels come first."""
+        node = self._graph.node[index]
+        if node.op_type not in CONTRACTIONS:
+            return None
+        # QLinearConv and its kind have scale and zero point of the input in between.
+        name = next(iter(node.input[3:4] if node.op_type.startswith("QLinear") else node.input[1:2]), "")
+        while name not in self.weights and name in self._producer:
+            before = self._graph.node[self._producer[name]]
+            name = before.input[0] if before.op_type in _BEHIND else ""
+        turned = any(entry.name == "transB" and entry.i for entry in node.attribute)
+        if name not in self.weights:
+            return None
+        return self.weights[name], turned or ("Conv" in node.op_type and node.op_type != "ConvTranspose")
+
+    def _covered(self, anchors: Sequence[int], ends: set[str], taken: set[int]) -> list[int]:
+        """The exported nodes from these back to the next results that survived, each once."""
         found: list[int] = []
-        waiting = [self._producer[name] for name in anchors]
+        waiting = list(anchors)
         while waiting:
             index = waiting.pop()
             if index in taken:
@@ -153,13 +174,13 @@ class OnnxLayers:
     def _of(self, covered: Sequence[int]) -> Place | None:
         if not covered:
             return None
-        contracting = [i for i in covered if self._graph.node[i].op_type in CONTRACTIONS]
-        with_module = [i for i in contracting or covered if self.places[i].module]
-        return self.places[(with_module or contracting or covered)[-1]]
+        heads = [i for i in covered if self._nodes[i].module or self._nodes[i].op in OWN_ROWS]
+        contracting = [i for i in heads if self.places[i].module and self._nodes[i].op in CONTRACTIONS]
+        return self.places[(contracting or heads or covered)[-1]]
 
-    def _beside(self, node: Any, anchors: Sequence[str], by_tensor: Mapping[str, Place]) -> Place:
+    def _beside(self, node: Any, anchors: Sequence[int], by_tensor: Mapping[str, Place]) -> Place:
         """A change of layout belongs to the layer whose result it is, or which it reads."""
         if anchors:
-            return self.places[self._producer[anchors[0]]]
+            return self.places[anchors[0]]
         read = [by_tensor[name] for name in node.input if name in by_tensor]
         return read[-1] if read else Place(node.op_type)

@@ -156,7 +156,7 @@ def gather(nodes: Iterable[NodeTime], *, source: str, run_ms: float, runs: int) 
 def _layer(nodes: Sequence[NodeTime], run_ms: float) -> LayerTime:
     spent = sum(node.ms for node in nodes)
     largest = max(nodes, key=lambda node: (node.macs or 0, node.channels is not None))
-    known = [node for node in nodes if node.macs is not None]
+    macs = [node.macs for node in nodes]
     moved = [node.bytes for node in nodes if node.bytes is not None]
     return LayerTime(
         name=nodes[0].name,
@@ -165,7 +165,7 @@ def _layer(nodes: Sequence[NodeTime], run_ms: float) -> LayerTime:
         ms=spent,
         share=spent / run_ms,
         module=next((node.module for node in nodes if node.module), ""),
-        macs=sum(node.macs or 0 for node in known) if known else None,
+        macs=None if None in macs else sum(filter(None, macs)),
         bytes=sum(moved) if moved else None,
         channels=largest.channels,
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.errors import ArtifactError, MeasureError, RunnerError
 from deploy.layer_names import CONTRACTIONS, Node, OnnxLayers, Place, place_nodes
-from deploy.profile import NodeTime, Profile, gather
+from deploy.profile import NodeTime, Profile, compare, document, gather
 from deploy.runners import Array
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ def read_ort(events: Sequence[Mapping[str, Any]], exported: Any, executed: Any) 
     times = []
     for i, (place, covered) in enumerate(places):
         ms = median(nodes[i]["dur"] for _, nodes in kept) / 1e3
-        weights = [_weight(exported.node[c], layers.weights) for c in covered]
-        weight = next((found for found in weights if found), None)
+        weight = next(filter(None, map(layers.weight, covered)), None)
         times.append(_ort_node(executed.node[i], kept[0][1][i]["args"], place, ms, weight))
     run_ms = median(run for run, _ in kept) / 1e3
     return gather(times, source="onnxruntime", run_ms=run_ms, runs=len(kept))
@@ -134,15 +133,6 @@ def _quiet(values: Sequence[float]) -> list[int]:
     return sorted(order[: -(-len(order) // 2)])
 
 
-def _weight(node: Any, weights: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], bool] | None:
-    """The constant factor of a contraction: its dims, and whether the output channels come first."""
-    if node.op_type not in CONTRACTIONS:
-        return None
-    dims = next((weights[name] for name in node.input[1:2] if name in weights), None)
-    turned = any(entry.name == "transB" and entry.i for entry in node.attribute)
-    return None if dims is None else (dims, turned or node.op_type == "Conv")
-
-
 def _ort_node(
     node: Any, facts: Mapping[str, Any], place: Place, ms: float, weight: tuple[tuple[int, ...], bool] | None
 ) -> NodeTime:
@@ -153,7 +143,7 @@ def _ort_node(
         op=node.op_type + blocked,
         ms=ms,
         module=place.module,
-        macs=_onnx_macs(node.op_type, facts, weight),
+        macs=_onnx_macs(node, facts, weight),
         bytes=sum(int(size or 0) for size in sizes),
         channels=None if weight is None else _channels(*weight),
         moves=node.op_type not in RENAMING,
@@ -165,8 +155,11 @@ def _channels(dims: tuple[int, ...], out_first: bool) -> tuple[int, int]:
     return (dims[1], dims[0]) if out_first else (dims[-2], dims[-1])
 
 
-def _onnx_macs(op: str, facts: Mapping[str, Any], weight: tuple[tuple[int, ...], bool] | None) -> int | None:
+def _onnx_macs(
+    node: Any, facts: Mapping[str, Any], weight: tuple[tuple[int, ...], bool] | None
+) -> int | None:
     """MACs from the shapes of one call: the weight's own size, not that of a padded copy."""
+    op = node.op_type
     if op not in CONTRACTIONS:
         return 0
     inputs, outputs = (_shapes(facts.get(f"{side}_type_shape")) for side in ("input", "output"))
@@ -174,11 +167,11 @@ def _onnx_macs(op: str, facts: Mapping[str, Any], weight: tuple[tuple[int, ...],
         return None
     if weight is None:
         return math.prod(outputs[0]) * inputs[0][-1] if "MatMul" in op else None
-    dims = weight[0]
-    if "Conv" in op:
-        place = inputs[0] if op == "ConvTranspose" else outputs[0]
-        return place[0] * math.prod(place[2:]) * math.prod(dims)
-    return math.prod(outputs[0][:-1]) * math.prod(dims)
+    if "Conv" not in op:
+        return math.prod(outputs[0][:-1]) * math.prod(weight[0])
+    place = inputs[0] if op == "ConvTranspose" else outputs[0]
+    last = any(entry.name == "channels_last" and entry.i for entry in node.attribute)
+    return math.prod(place) // place[-1 if last else 1] * math.prod(weight[0])
 
 
 def _shapes(listed: Any) -> list[list[int]]:
@@ -376,3 +369,24 @@ def read_tensorrt(
         times.append(NodeTime(place.name, kind, ms, place.module))
     whole = median(total for _, total in kept)
     return gather(times, source="tensorrt", run_ms=whole, runs=len(kept))
+
+
+def compare_onnx(
+    original: Path,
+    dense: Path,
+    inputs: Sequence[Array],
+    *,
+    align: int,
+    threads: int = 1,
+    runs: int = 20,
+    macs: tuple[Mapping[str, float] | None, Mapping[str, float] | None] = (None, None),
+    measured_ms: tuple[float | None, float | None] = (None, None),
+) -> dict[str, Any]:
+    """The per-layer part of results.json: both files profiled in turns on the CPU, compared, and judged.
+
+    `macs` by module path and `measured_ms` (the latency without a profiler) are those of both models.
+    """
+    found = profile_onnx({"original": original, "dense": dense}, inputs, runs=runs, threads=threads)
+    before, after = found["original"], found["dense"]
+    rows = compare(before, after, align=align, macs_before=macs[0], macs_after=macs[1])
+    return document(before, after, rows, measured_ms=measured_ms)

@@ -17,7 +17,15 @@ from torch import nn
 from deploy.errors import ArtifactError, MeasureError
 from deploy.layer_names import Node, OnnxLayers, Place, place_nodes
 from deploy.profile import compare
-from deploy.profilers import profile_onnx, profile_torch, read_ort, read_tensorrt, read_torch
+from deploy.profilers import (
+    _onnx_macs,
+    compare_onnx,
+    profile_onnx,
+    profile_torch,
+    read_ort,
+    read_tensorrt,
+    read_torch,
+)
 from deploy.to_onnx import export
 
 X = np.random.default_rng(0).standard_normal((4, 3, 24, 24), dtype=np.float32)
@@ -195,6 +203,57 @@ def test_a_weight_without_a_name_takes_that_of_the_bias_or_of_its_stored_form() 
     ]
     places = OnnxLayers(helper.make_graph(nodes, "g", [], [], stored)).places
     assert [place.name for place in places] == ["fc", "fc", "q", "q", "q > MatMul"]
+
+
+def test_quantized_and_cast_kernels_find_their_layers_and_weights() -> None:
+    weights = [helper.make_tensor("a.weight_quantized", TensorProto.INT8, [8, 3, 1, 1], np.zeros(24, int))]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["a.weight_quantized", "s"], ["w"], name="d"),
+        helper.make_node("Conv", ["x", "w"], ["conv"], name="c"),
+        helper.make_node("Relu", ["conv"], ["relu"], name="r"),
+    ]
+    layers = OnnxLayers(helper.make_graph(nodes, "g", [], [], weights))
+    assert layers.weight(1) == ((8, 3, 1, 1), True)
+    assert layers.weight(0) is layers.weight(2) is None
+    executed = [
+        helper.make_node("Conv", ["x", "t"], ["t1"], name="InsertedPrecisionFreeCast_conv_nchwc"),
+        helper.make_node("ReorderOutput", ["t1"], ["InsertedPrecisionFreeCast_relu"], name="out"),
+    ]
+    found = layers.of_optimised(helper.make_graph(executed, "g", [], []))
+    assert found == [(Place("a", "a"), (0, 1)), (Place("a", "a"), (2,))]
+    turned = [helper.make_node("QLinearConv", ["x", "s"], ["c"], name="c_token_7")]  # NHWC: named after nodes
+    assert layers.of_optimised(helper.make_graph(turned, "g", [], [])) == [(Place("a", "a"), (0, 1))]
+
+
+def test_macs_count_weights_and_places_whatever_the_layout() -> None:
+    def macs(
+        op: str, inputs: list[int], outputs: list[int], dims: tuple[int, ...], **more: int
+    ) -> int | None:
+        facts = {f"{side}_type_shape": [{"float": s}] for side, s in (("input", inputs), ("output", outputs))}
+        return _onnx_macs(helper.make_node(op, [], [], **more), facts, (dims, True) if dims else None)
+
+    assert macs("Conv", [2, 3, 9, 9], [2, 16, 8, 8], (10, 3, 2, 2)) == 2 * 64 * 120  # padded to 16
+    assert macs("QLinearConv", [2, 9, 9, 3], [2, 8, 8, 10], (10, 3, 2, 2), channels_last=1) == 2 * 64 * 120
+    assert macs("ConvTranspose", [2, 3, 4, 4], [2, 5, 8, 8], (3, 5, 2, 2)) == 2 * 16 * 60
+    assert macs("Gemm", [2, 8], [2, 10], (10, 8)) == 160
+    assert macs("MatMul", [2, 7, 8], [2, 7, 10], ()) == 2 * 7 * 10 * 8
+    assert macs("Einsum", [2, 8], [2, 10], ()) is None
+    assert macs("Relu", [2, 8], [2, 8], ()) == 0
+
+
+def test_the_comparison_for_the_results_in_one_call(files: dict[str, Path]) -> None:
+    macs = ({"inner": 200.0}, {"inner": 50.0})
+    found = compare_onnx(
+        files["before"], files["after"], (X,), align=16, runs=4, macs=macs, measured_ms=(1e9, None)
+    )
+    json.dumps(found, allow_nan=False)
+    rows = {row["layer"]: row for row in found["rows"]}
+    assert rows["inner"]["macs_ratio"] == 0.25
+    assert found["totals"]["before"]["agrees"] is False
+    for name in ("before", "after"):
+        total = found["totals"][name]
+        assert total["layers_ms"] + total["outside_ms"] == pytest.approx(total["run_ms"])
+        assert sum(row[f"{name}_ms"] or 0 for row in found["rows"]) == pytest.approx(total["layers_ms"])
 
 
 @pytest.mark.slow
