@@ -268,9 +268,8 @@ def streams_row(pair: Pair, cell: Cell, settings: Settings) -> dict[str, Any]:
 
 def buffers_row(pair: Pair, cell: Cell, settings: Settings) -> dict[str, Any]:
     """One engine with torch's memory and stream against the same with pycuda's."""
-    from deploy.tensorrt_runner import BUFFERS, open_tensorrt
-
     from deploy.latency import measure
+    from deploy.tensorrt_runner import BUFFERS, open_tensorrt
 
     path = pair.artifact("dense", ENGINE, cell.precision)
     opened = {name: open_tensorrt(path, ENGINE, buffers=name) for name in BUFFERS}

@@ -138,7 +138,7 @@ def _choose(work: Work, engines: list[dict[str, Any]]) -> dict[str, Any]:
                 _open(work, opened, kind, "dense", name, engines)
                 turns[name] = ("dense", name)
             except DeployError as error:
-                failures[name] = str(error)
+                failures[name] = error.what
     with ExitStack() as opened:
         found = _timed(work, opened, kind, batch, turns, (0, 1), engines)
     medians = {row.model: row.median for row in found.latency}

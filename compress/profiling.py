@@ -7,6 +7,7 @@ from typing import Any
 
 from compress import aim
 from compress.steps import Work, finite
+from deploy import profile as profiles
 from deploy.runners import ENGINE_KINDS
 
 RUNS = 20
@@ -15,42 +16,39 @@ RUNS = 20
 def profile(work: Work, document: Mapping[str, Any], artifacts: Mapping[str, Any]) -> dict[str, Any] | None:
     """The comparison of both models at the gated batch size; None where the target's runner has no profiler.
 
-    artifacts: for "original" and "dense" the ONNX file, and for engines the open runner, as (file, runner).
+    artifacts: for "original" and "dense", in this order, (ONNX file, open runner); the runner is for engines.
     """
-    from deploy import parity
-    from deploy import profile as profiles
+    from deploy import parity, profilers
 
     kind, bench = aim.target(work.config).runner, work.config.bench
+    if kind not in ("onnxruntime", *ENGINE_KINDS):
+        return None
     batch = work.config.gates.batch or max(bench.batches or [1])
     inputs = parity.normal_inputs(work.shapes, batch, work.config.seed)
-    if kind == "onnxruntime":
-        found = _onnx(artifacts, inputs, bench.threads or 1)
-    elif kind in ENGINE_KINDS:
-        found = {name: _engine(path, runner, inputs) for name, (path, runner) in artifacts.items()}
-    else:
-        return None
     layers = work.read("prune.json")["layers"]
-    macs = [{row["name"]: batch * row[f"macs_{when}"] for row in layers} for when in ("before", "after")]
-    before, after = found["original"], found["dense"]
-    rows = profiles.compare(before, after, align=work.align, macs_before=macs[0], macs_after=macs[1])
+    before, after = (
+        {row["name"]: batch * row[f"macs_{when}"] for row in layers} for when in ("before", "after")
+    )
     medians = {
         row["model"]: row["median"]
         for row in document["latency"]
         if (row["runner"], row["batch"]) == (kind, batch)
     }
     measured = medians.get("original"), medians.get("dense")
-    whole = profiles.document(before, after, rows, measured_ms=measured)
+    if kind == "onnxruntime":
+        (original, _), (dense, _) = artifacts["original"], artifacts["dense"]
+        whole = profilers.compare_onnx(
+            original, dense, inputs, align=work.align, threads=bench.threads or 1,
+            macs=(before, after), measured_ms=measured,
+        )  # fmt: skip
+    else:
+        old, new = (_of_engine(file, runner, inputs) for file, runner in artifacts.values())
+        rows = profiles.compare(old, new, align=work.align, macs_before=before, macs_after=after)
+        whole = profiles.document(old, new, rows, measured_ms=measured)
     return {"runner": kind, "batch": batch, **whole, "rows": [finite(row) for row in whole["rows"]]}
 
 
-def _onnx(artifacts: Mapping[str, Any], inputs: Any, threads: int) -> Mapping[str, Any]:
-    from deploy import profilers
-
-    paths = {name: path for name, (path, _) in artifacts.items()}
-    return profilers.profile_onnx(paths, inputs, runs=RUNS, threads=threads)
-
-
-def _engine(path: Any, runner: Any, inputs: Any) -> Any:
+def _of_engine(path: Any, runner: Any, inputs: Any) -> profiles.Profile:
     import onnx
 
     from deploy import profilers

@@ -95,7 +95,7 @@ def _measured(work: Work, net: GraphNet, source: Path, path: Path, precision: st
             opened.callback(reference.close)
             found = precisions.evaluate(reference, candidate, [(batch, None) for batch in inputs])
         except DeployError as error:
-            return nothing | {"failure": str(error)}
+            return nothing | {"failure": error.what}
         accuracy = evaluation(task.evaluate(_Played(candidate, net), "test"))
     facts = {"relative": found.relative, "agreement": found.agreement, "compared": found.images}
     return finite(facts) | {"accuracy": accuracy, "failure": ""}
