@@ -132,6 +132,25 @@ def test_the_command_gets_the_engine(
     assert builds[0]["timing_cache"] is None
 
 
+@pytest.mark.slow
+def test_a_real_engine_of_tensorrt_rtx_is_built_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    import torch
+
+    from deploy.to_onnx import export
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    model = export(net.eval(), torch.randn(2, 3, 8, 8), tmp_path / "m.onnx").path
+    here = {**HERE, "library": "tensorrt_rtx", "library_version": str(trt.__version__)}
+    monkeypatch.setattr(engines, "this_machine", lambda library: here)
+    engine, new = first_start.prepare(model, tmp_path / "volume", "tensorrt_rtx", BATCHES)
+    assert new
+    assert engine.stat().st_size > 1000
+    assert first_start.prepare(model, tmp_path / "volume", "tensorrt_rtx", BATCHES) == (engine, False)
+
+
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
     given = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **env}
     words = [sys.executable, "-m", "deploy.first_start", *command]
