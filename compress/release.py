@@ -138,7 +138,7 @@ def _accuracy(before: dict[str, Any], pruned: dict[str, Any], after: dict[str, A
         flips = {"lost": len(new - old), "gained": len(old - new)}
     return {
         "metric": before["metric"], "before": before["value"], "pruned": pruned["value"],
-        "after": after["value"], "n": after["n"], "split": "test", "flips": flips,
+        "after": after["value"], "n": after["n"], "split": "test", "flips": flips, "wrong": after["wrong"],
     }  # fmt: skip
 
 

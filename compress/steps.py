@@ -226,6 +226,7 @@ def train_stage(work: Work) -> Done:
             "validation": work.data.n_validation,
             "test": work.data.n_test,
             "fingerprint": work.data.fingerprint,
+            "test_fingerprint": work.data.test_fingerprint or work.data.fingerprint,
         },
         "accuracy": accuracy,
         "training": _training(history),

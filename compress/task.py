@@ -50,10 +50,12 @@ class Task:
     batches of that epoch (the first is 1) from number ``start`` on, the same whenever it is asked.
     evaluate(model, split): "validation" or "test", in eval mode, the model's mode restored. classes: None
     when labels are not class numbers. fingerprint: a hash of the data, so that results of other data are
-    not taken for these. example: what the model is called with (a tuple of arguments, or a dict of keyword
-    arguments) where that is not one tensor of `model.input_shape`. test_batches(size): the test examples in
-    batches of that size, in a fixed order; None where the task has none to give. few(n): what evaluates a
-    model on at most n validation examples, which it reads once; None where the task cannot leave any out.
+    not taken for these; test_fingerprint: of the test examples in their order alone, by which two releases
+    are known to be evaluated alike. example: what the model is called with (a tuple of arguments, or a dict
+    of keyword arguments) where that is not one tensor of `model.input_shape`. test_batches(size): the test
+    examples in batches of that size, in a fixed order; None where the task has none to give. few(n): what
+    evaluates a model on at most n validation examples, which it reads once; None where the task cannot
+    leave any out.
 
     With several processes (see `compress.distributed`) train_batches gives whole batches in each of them, and
     they are cut there; the loss is a mean over the examples. train_shares(epoch, start) gives a process its
@@ -69,6 +71,7 @@ class Task:
     n_test: int
     classes: int | None = None
     fingerprint: str = ""
+    test_fingerprint: str = ""
     name: str = "task"
     example: Any = None
     test_batches: Callable[[int], Iterator[Batch]] | None = None
@@ -247,6 +250,7 @@ def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
     augment = config.augment != "none"
     held_out = {"validation": validation, "test": test}
     parts = _Classifying(train, held_out, config.batch_size, augment, seed)
+    everything, tested = _fingerprints(splits, config)
     return Task(
         loss=CrossEntropy(),
         train_batches=parts.train_batches,
@@ -256,7 +260,8 @@ def _classification(splits: Splits, config: DataConfig, seed: int) -> Task:
         n_validation=len(validation.indices),
         n_test=len(test.indices),
         classes=_classes(splits),
-        fingerprint=_fingerprint(splits, config),
+        fingerprint=everything,
+        test_fingerprint=tested,
         name=splits.name,
         test_batches=lambda size: test.source.batches(test.draws(size)),
         few=parts.few,
@@ -288,12 +293,15 @@ def _classes(splits: Splits) -> int:
     return max([*known, splits.classes or 0])
 
 
-def _fingerprint(splits: Splits, config: DataConfig) -> str:
+def _fingerprints(splits: Splits, config: DataConfig) -> tuple[str, str]:
+    """Of all that training and evaluation see, and of the test examples alone."""
     facts: list[Any] = [s.digest() for s in (splits.train, splits.test)]
+    tested = repr([facts[1], config.test_limit])
     facts += [splits.validation.digest() if splits.validation is not None else None]
     facts += [config.batch_size, config.mean, config.std, config.augment, config.validation]
     facts += [config.train_limit, config.test_limit, sorted(config.kwargs.items(), key=repr)]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    everything = repr(facts)
+    return hashlib.sha256(everything.encode()).hexdigest(), hashlib.sha256(tested.encode()).hexdigest()
 
 
 def _check_classification(model: nn.Module, task: Task, batch: Batch, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from deploy import gate
 from deploy.gate import Gate, Interval
-from deploy.values import number, rows, section, span, text, times, visible, whole_number
+from deploy.values import entries, number, rows, section, span, text, times, visible, whole_number
 
 GATES = ("baseline_accuracy", "baseline_latency", "baseline_size")
 SETTINGS = ("target", "precision", "threads")
@@ -79,7 +79,7 @@ def differences(
 
 def _accuracy(results: Mapping[str, Any], baseline: Mapping[str, Any], tolerated: float) -> Gate:
     now, then = section(results, "accuracy"), section(baseline, "accuracy")
-    data = [section(of, "data").get("fingerprint") for of in (results, baseline)]
+    data = [section(of, "data").get("test_fingerprint") for of in (results, baseline)]
     if now.get("metric") != then.get("metric") or not data[0] or data[0] != data[1]:
         why = "The baseline was evaluated by another metric or on other data. Evaluate it again on these."
         return gate.missing(GATES[0], tolerated, why)
@@ -89,11 +89,19 @@ def _accuracy(results: Mapping[str, Any], baseline: Mapping[str, Any], tolerated
         "before": then.get("after"),
         "after": now.get("after"),
         "n": min(sizes) if len(sizes) == 2 else None,
+        "flips": _flips(now, then),
     }
-    found = gate.judge_accuracy(
-        {"accuracy": pair}, tolerated, GATES[0], "tolerate more: --tolerate accuracy=..."
-    )
-    return _against(found)
+    advice = "tolerate more: --tolerate accuracy=..."
+    return _against(gate.judge_accuracy({"accuracy": pair}, tolerated, GATES[0], advice))
+
+
+def _flips(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, int] | None:
+    """Answers lost and gained since the baseline, where both say which examples they got wrong."""
+    lists = [of.get("wrong") for of in (now, then)]
+    if not all(isinstance(found, list) and all(type(n) is int for n in found) for found in lists):
+        return None
+    mine, theirs = ({*entries(of, "wrong")} for of in (now, then))
+    return {"lost": len(mine - theirs), "gained": len(theirs - mine)}
 
 
 def _latency(

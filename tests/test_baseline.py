@@ -38,7 +38,7 @@ def release(
     """results.json of a release whose original model takes 10 ms."""
     ratio = 10 / middle
     return {
-        "data": {"fingerprint": "digits"},
+        "data": {"test_fingerprint": "digits"},
         "accuracy": {"metric": "top1", "before": 0.93, "after": after, "n": 10_000, "flips": None},
         "cost": {"onnx_bytes": {"before": 2000, "after": size}},
         "latency": [{**WHERE, "model": "dense", "threads": 1, "samples_ms": samples(middle)}],
@@ -141,10 +141,26 @@ def test_accuracies_that_cannot_be_compared_never_pass(change: dict[str, Any]) -
 def test_other_test_data_cannot_decide_accuracy() -> None:
     for prints in (("digits", "letters"), ("", ""), (None, None)):
         now, then = release(), release()
-        now["data"]["fingerprint"], then["data"]["fingerprint"] = prints
+        now["data"]["test_fingerprint"], then["data"]["test_fingerprint"] = prints
         found = judged(now, then)["baseline_accuracy"]
         assert found.verdict == "inconclusive"
         assert "by another metric or on other data" in found.message
+
+
+def test_accuracies_on_the_same_examples_are_paired() -> None:
+    now, then = release(after=0.915), release()
+    apart = judged(now, then)["baseline_accuracy"]
+    then["accuracy"]["wrong"] = [*range(800)]
+    now["accuracy"]["wrong"] = [*range(20, 870)]
+    paired = judged(now, then)["baseline_accuracy"]
+    assert "70 answers lost, 20 gained" in paired.message
+    assert "not paired" in apart.message
+    assert (paired.value, apart.value) == pytest.approx((0.005, 0.005))
+    assert paired.high - paired.low < 0.3 * (apart.high - apart.low)
+    now["accuracy"]["wrong"] = [*range(300)]  # contradicts the accuracies
+    assert judged(now, then)["baseline_accuracy"].verdict == "inconclusive"
+    now["accuracy"]["wrong"] = ["a", None]
+    assert "not paired" in judged(now, then)["baseline_accuracy"].message
 
 
 def test_a_missing_baseline_is_no_pass() -> None:

@@ -23,6 +23,7 @@ from compress.errors import (
     LockedError,
     ModelError,
 )
+from compress.handover import hand_over
 from compress.steps import Work
 from deploy import targets
 from deploy.baseline import GATES
@@ -166,8 +167,6 @@ def test_one_stage_needs_the_ones_before(tmp_path: Path) -> None:
 
 def moved(finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run as it is found on another machine: no data, no weights, another build and release of torch."""
-    import shutil
-
     shutil.copytree(finished, place)
     releases = {"compress-release": "0.1.0", "torch": "99.1+cu130"}
     monkeypatch.setattr(pipeline, "_versions", lambda: releases)
@@ -196,8 +195,6 @@ def test_the_last_stages_can_be_done_on_another_machine(
 def test_without_from_other_versions_mean_doing_it_again(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     events = Silent()
     build = pipeline._versions()
@@ -226,8 +223,6 @@ def test_a_stage_alone_takes_the_others_as_they_are(
 
 
 def test_a_release_is_held_against_an_earlier_one(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy"
     tolerated = earlier.tolerances(["latency=9", "accuracy=0.5"])
@@ -249,9 +244,29 @@ def test_a_release_is_held_against_an_earlier_one(finished: Path, tmp_path: Path
     assert {status for _, status, _ in start(folder, earlier=against).stages} == {"cached"}
 
 
-def test_a_failed_gate_is_exit_5(finished: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_run_can_be_handed_over_and_served(finished: Path, tmp_path: Path) -> None:
+    import numpy as np
+    import onnxruntime
 
+    handed = hand_over(finished / "run", tmp_path / "release")
+    place = tmp_path / "release" / "models" / "compress_zoo_cifar_resnet"
+    session = onnxruntime.InferenceSession(place / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    (given,), (got,) = session.get_inputs(), session.get_outputs()
+    text = (place / "config.pbtxt").read_text()
+    assert re.findall(r"dims: \[ (.+) \]", text) == ["1, 28, 28", "10"]
+    assert re.findall(r'^    name: "(.+)"$', text, flags=re.M) == [given.name, got.name]
+    assert session.run(None, {given.name: np.zeros((3, 1, 28, 28), np.float32)})[0].shape == (3, 10)
+    assert str(tmp_path) not in "".join(
+        (tmp_path / "release" / name).read_text() for name in handed.paths if name.endswith((".md", ".pbtxt"))
+    )
+    against = earlier.read(str(tmp_path / "release"), earlier.tolerances(["latency=9"]), finished / "run")
+    shutil.copytree(finished, tmp_path / "next")
+    assert start(tmp_path / "next", only="gate", earlier=against).exit_code == 0
+    gates = files.read_json(tmp_path / "next" / "run" / "gate.json")["gates"]
+    assert "0 answers lost, 0 gained" in next(g["message"] for g in gates if g["name"] == "baseline_accuracy")
+
+
+def test_a_failed_gate_is_exit_5(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     outcome = start(tmp_path / "copy", ["gates.size_ratio=0.0001"])
     assert outcome.exit_code == 5
@@ -259,8 +274,6 @@ def test_a_failed_gate_is_exit_5(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_changed_artifact_is_refused(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     path = tmp_path / "copy" / "run" / "dense.onnx"
     content = bytearray(path.read_bytes())
@@ -318,8 +331,6 @@ def test_a_model_without_prunable_units(tmp_path: Path) -> None:
 
 
 def test_tolerance_stops_at_the_last_good_point(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     events = Silent()
     start(tmp_path / "copy", ["prune.max_loss_increase=0.0", "prune.lr=1e-9"], until="prune", events=events)
@@ -331,8 +342,6 @@ def test_tolerance_stops_at_the_last_good_point(finished: Path, tmp_path: Path) 
 
 
 def test_a_pt2_file_goes_through_like_a_module(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copy(finished / "run" / "dense.pt2", tmp_path / "small.pt2")
     outcome = start(tmp_path, ["model.name=small.pt2", "model.kwargs={}", "train=null", "finetune.epochs=1"])
     before = files.read_json(finished / "run" / "results.json")

@@ -89,6 +89,11 @@ class TestSplits:
         assert len(prints) == 3
         assert mnist().fingerprint in prints
 
+    def test_the_test_examples_have_a_fingerprint_of_their_own(self) -> None:
+        ways: list[dict[str, Any]] = [{}, {"train_limit": 100}, {"batch_size": 8}, {"augment": "flip_crop"}]
+        assert len({mnist(**way).test_fingerprint for way in ways}) == 1
+        assert mnist(test_limit=100).test_fingerprint != mnist().test_fingerprint != ""
+
 
 class TestBatches:
     @pytest.mark.parametrize("augment", ["none", "flip_crop", "trivial_augment"])

@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from compress.failures import _known
+from compress.failures import named
 from deploy import nvinfer, to_tensorrt
 from deploy.engines import gpu_here, this_machine
 from deploy.errors import ArtifactError, DeployError, ExportError, MeasureError, RunnerError
@@ -432,7 +432,7 @@ def test_a_full_disk_ends_with_code_7_and_nothing_that_would_be_loaded(
     monkeypatch.setattr(os, "replace", replace_until_full)
     with pytest.raises(OSError, match="No space left") as caught:
         build(onnx_file, engine, RTX, RANGE)
-    known = _known(caught.value)
+    known = named(caught.value)
     assert getattr(known, "exit_code", None) == 7
     assert "m.engine" in str(known)
     assert [path.name for path in tmp_path.iterdir()] == ["m.engine"][:moves]
