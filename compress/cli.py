@@ -16,17 +16,15 @@ import click
 from compress.cli_options import (
     DEFAULT_CONFIG,
     config_argument,
-    earlier,
     load,
-    reproduce,
     run_options,
     set_option,
     verdict_options,
 )
+from compress.cli_run import bench_for, bring, pipeline, verdict
 from compress.command import Answer, Common, Program
 from compress.console import Screen, document
 from compress.errors import escape
-from compress.failures import Stopper
 from compress.launch import launched
 from compress.recipes import RECIPES
 from compress.stages import STAGES
@@ -259,62 +257,7 @@ def run(
     if until and start and STAGES.index(start) > STAGES.index(until):
         raise click.UsageError(f"--from {start} comes after --until {until}")
     how = {"until": until, "start": start, "dry_run": dry_run, "fresh": fresh}
-    return _verdict(screen, config, overrides, out, given, **how)
-
-
-def _verdict(
-    screen: Screen, config: str, overrides: Sequence[str], out: str | None, given: dict[str, Any], **how: Any
-) -> Answer:
-    """Run the pipeline as `verdict_options` ask, and write the files they name."""
-    from compress.ci import Files
-
-    baseline, tolerate = given.pop("baseline"), given.pop("tolerate")
-    wanted = Files(**given)
-    with wanted.telling(screen):
-        answer = _pipeline(screen, config, overrides, out, baseline=(baseline, tolerate), **how)
-        if not how.get("dry_run"):
-            stages = [(stage["name"], stage["status"], stage["seconds"]) for stage in answer.value["stages"]]
-            wanted.judged(answer.value if "verdict" in answer.value else {}, stages)
-    return answer
-
-
-def _pipeline(
-    screen: Screen, config: str, overrides: Sequence[str], out: str | None,
-    baseline: tuple[str | None, Sequence[str]] = (None, ()), **how: Any,
-) -> Answer:  # fmt: skip
-    """Run the pipeline under `Stopper` and with progress on stderr."""
-    loaded, folder = load(config, overrides, out)
-    how["earlier"] = earlier(*baseline, folder / loaded.out)
-    screen.run = str(folder / loaded.out)
-    stopper = Stopper(screen.warn if not launched().rank else lambda text: None)
-    with screen.events("loading torch and the data") as events, stopper:
-        from compress import pipeline
-
-        if how.get("dry_run"):
-            events.verbosity = min(-1, events.verbosity)  # the table says it
-        command = reproduce(config, overrides)
-        outcome = pipeline.run(loaded, folder, events=events, should_stop=stopper, command=command, **how)
-    show = _run_show(outcome, dry_run=bool(how.get("dry_run")))
-    return Answer(_run_value(outcome), show, exit_code=outcome.exit_code)
-
-
-def _run_value(outcome: Any) -> dict[str, Any]:
-    stages = [{"name": name, "status": status, "seconds": s} for name, status, s in outcome.stages]
-    names = ("report.html", "report.md", "results.json", "dense.onnx", "dense.pt2")
-    paths = {name: str(outcome.run / name) for name in names if (outcome.run / name).is_file()}
-    return {**outcome.results, "run": str(outcome.run), "stages": stages, "paths": paths}
-
-
-def _run_show(outcome: Any, *, dry_run: bool) -> Callable[[Screen], None]:
-    from compress import show
-
-    if dry_run:
-        return lambda screen: show.show_stages(screen.out, outcome.stages, outcome.run)
-    if not outcome.results:
-        return lambda screen: show.show_part(screen.out, outcome.stages, outcome.run)
-    return lambda screen: show.show_run(
-        screen.out, outcome.results, outcome.run, details=screen.verbosity > 0
-    )
+    return verdict(screen, config, overrides, out, given, **how)
 
 
 STAGE_HELP = {
@@ -329,17 +272,30 @@ STAGE_HELP = {
 }
 
 
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "bench": click.option("--target", metavar="NAME", help="Measure for this target, beside the config's "
+                          "own: a name, NAME-int8 and the like, or a .toml file."),
+    "report": click.option("--bench", "documents", metavar="FILE", multiple=True, type=click.Path(),
+                           help="Bring in what `compress bench --target NAME --json` printed elsewhere."),
+    "gate": verdict_options,
+}  # fmt: skip
+
+
 def _stage_command(stage: str) -> click.Command:
     """The command that does one stage; those before it must be done."""
 
     def only(
         screen: Screen, config: str, overrides: tuple[str, ...], out: str | None, **given: Any
     ) -> Answer:
-        if not given:
-            return _pipeline(screen, config, overrides, out, only=stage)
-        return _verdict(screen, config, overrides, out, given, only=stage)
+        if given.get("target"):
+            return bench_for(screen, config, overrides, out, given["target"])
+        if given.get("documents"):
+            bring(config, overrides, out, given["documents"])
+        if stage == "gate":
+            return verdict(screen, config, overrides, out, given, only=stage)
+        return pipeline(screen, config, overrides, out, only=stage)
 
-    function = verdict_options(only) if stage == "gate" else only
+    function = OPTIONS.get(stage, lambda command: command)(only)
     only.__doc__ = f"{STAGE_HELP[stage]}\n\nThe stages before it must be done."
     return cli.answering(stage, short_help=STAGE_HELP[stage])(config_argument(run_options(function)))
 

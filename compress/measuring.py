@@ -274,7 +274,8 @@ def keep(run: Path, document: Mapping[str, Any]) -> Path:
 def bring(run: Path, path: Path) -> Path:
     """Bring in what `compress bench --json` printed on another machine."""
     document = files.read_json(path)
-    found = document.get("bench", document) if isinstance(document, dict) else {}
+    answer = document.get("result", {}) if isinstance(document, dict) else {}
+    found = answer.get("bench", document) if isinstance(answer, dict) else document
     parts = [found.get(key) for key in ("target", "models", "machine")] if isinstance(found, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or found.get("schema_version") != SCHEMA_VERSION:
         raise IntegrityError("is no measurement", str(path), "give what compress bench --json printed")

@@ -33,7 +33,10 @@ def document(run: Path, name: str = "h100") -> dict[str, Any]:
 
 def test_a_document_from_elsewhere_is_brought_in(run: Path, tmp_path: Path) -> None:
     own = document(run)
-    for place, content in (("bare.json", own), ("answer.json", {"command": "bench", "bench": own})):
+    for place, content in (
+        ("bare.json", own),
+        ("answer.json", {"command": "bench", "result": {"bench": own}}),
+    ):
         files.write_json(tmp_path / place, content)
         kept = measuring.bring(run, tmp_path / place)
         assert kept == run / "targets" / "h100.json"
