@@ -62,7 +62,7 @@ def _share(profile: Mapping[str, Any], spent: float | None) -> str:
     return percent(spent / whole, 1) if whole and spent is not None else ""
 
 
-def sentence(profile: Mapping[str, Any]) -> str:
+def sentences(profile: Mapping[str, Any]) -> list[str]:
     """How the layers add up, beside the latency without a profiler, and where the time that stayed is."""
     said = []
     for name, model in (("before", "original"), ("after", "pruned")):
@@ -78,9 +78,7 @@ def sentence(profile: Mapping[str, Any]) -> str:
         said.append(line + ".")
     held = sorted(section(profile, "reasons").items(), key=lambda pair: -(number(pair[1]) or 0.0))
     kept = ", ".join(f"{reason} {measured(ms, milliseconds)}" for reason, ms in held)
-    return " ".join(
-        [*said, *([f"Layers that are not as fast as their MACs promise: {kept}."] if kept else [])]
-    )
+    return [*said, *([f"Layers that are not as fast as their MACs promise: {kept}."] if kept else [])]
 
 
 def chart(profile: Mapping[str, Any]) -> str:

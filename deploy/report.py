@@ -112,7 +112,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "precisions": tables.precisions(results),
         "targets": tables.targets(results),
         "profile": profile_view.table(profile) if profile else None,
-        "profile_said": profile_view.sentence(profile) if profile else "",
+        "profile_said": profile_view.sentences(profile) if profile else [],
         "latency": tables.latency(results),
         "warnings": tables.latency_warnings(results),
         "parity": tables.parity(results),

@@ -158,19 +158,20 @@ def overall(results: Mapping[str, Any]) -> Table:
 
 def precisions(results: Mapping[str, Any]) -> Table:
     """Every variant of both models, measured on real data."""
-    why = section(section(results, "choice"), "why")
+    chosen = section(section(results, "choice"), "why")
     body = []
     for row in rows(results, "variants"):
+        why = chosen if row.get("model") == "dense" else {}
         found = section(row, "accuracy")
         kept = "; ".join(f"{count(n)}: {reason}" for reason, n in section(row, "why_kept").items())
         body.append((
             text(row.get("file")), model_word(row), text(row.get("precision")), count(row.get("bytes")),
             measured(found.get("value"), percent), measured(row.get("relative"), scientific),
             measured(row.get("agreement"), percent), text(row.get("nodes_low")), kept or "none",
-            text(why.get(str(row.get("precision"))), "") if row.get("model") == "dense" else "",
+            text(row.get("failure"), text(why.get(str(row.get("precision"))), "")),
         ))  # fmt: skip
     headers = ("File", "Model", "Precision", "Bytes", "Accuracy", "Largest error", "Same top-1", "Converted")
-    return Table((*headers, "Kept in fp32", "Choice"), "cttrrrrrtt", tuple(body))
+    return Table((*headers, "Kept in fp32", "Remark"), "cttrrrrrtt", tuple(body))
 
 
 def targets(results: Mapping[str, Any]) -> Table:

@@ -235,7 +235,7 @@ def test_the_table_has_every_layer_the_rest_and_the_whole() -> None:
 
 
 def test_the_sentence_says_how_far_to_trust_it() -> None:
-    said = profile_view.sentence(result()).replace("\xa0", " ")
+    said = " ".join(profile_view.sentences(result())).replace("\xa0", " ")
     assert said.startswith(
         "Original: 4.760 ms in layers and 0.2400 ms outside the layers make 5.000 ms a run, "
     )
