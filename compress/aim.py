@@ -83,3 +83,8 @@ def check(config: Config, *, here: bool) -> None:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
         if here and kind not in ON_CPU and not torch.cuda.is_available():
             raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
+    if here and torch.cuda.is_available():
+        chosen, found = target(config), torch.cuda.get_device_name()
+        if chosen.gpu.lower() not in found.lower():
+            what = f"the target {chosen.name} is for {chosen.gpu}, here is {found}"
+            raise TargetError(what, "bench.target", "measure it there, or take a target for this GPU")

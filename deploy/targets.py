@@ -15,7 +15,12 @@ from typing import Any
 from deploy.errors import MeasureError
 
 FOLDER = Path(__file__).with_suffix("")
-RUNNERS = ("torch", "torch_cuda", "onnxruntime", "onnxruntime_cuda", "tensorrt", "tensorrt_rtx")
+RUNNERS = (
+    *("torch", "torch_compile", "torch_cuda", "torch_cuda_graph", "torch_cuda_compile"),
+    *("onnxruntime", "onnxruntime_cuda", "onnxruntime_tensorrt", "onnxruntime_nvtensorrtrtx"),
+    *("tensorrt", "tensorrt_rtx"),
+)
+"""`deploy.runners.KINDS`, here too so that reading a target loads nothing heavy; a test compares them."""
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")
 _LARGEST_FILE_BYTES = 64 * 1024
 

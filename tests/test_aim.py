@@ -8,7 +8,7 @@ import pytest
 
 from compress import aim, config
 from compress.config import Config
-from compress.errors import ConfigError
+from compress.errors import ConfigError, TargetError
 
 BASE = "version: 1\nmodel: {name: x:y, input_shape: [3, 8, 8]}\ndata: {name: mnist5k}\n"
 BOARD = """
@@ -68,3 +68,17 @@ def test_gates_on_what_the_target_does_not_measure(text: str, said: str) -> None
     with pytest.raises(ConfigError) as caught:
         aim.aimed(read(text))
     assert str(caught.value).startswith(said)
+
+
+def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    aim.check(read("bench: {target: h100}"), here=True)
+    aim.check(read("bench: {target: l4}"), here=False)
+    aim.check(read(), here=True)
+    with pytest.raises(
+        TargetError, match=r"^bench\.target: the target l4 is for L4, here is NVIDIA H100"
+    ) as caught:
+        aim.check(read("bench: {target: l4}"), here=True)
+    assert caught.value.exit_code == 6

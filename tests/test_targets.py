@@ -34,6 +34,12 @@ def test_it_answers_without_heavy_imports() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_a_target_may_name_every_runner() -> None:
+    from deploy.runners import KINDS
+
+    assert deploy.targets.RUNNERS == KINDS
+
+
 def test_the_targets_that_come_with_the_package() -> None:
     assert names() == ("a100", "cpu-ort", "h100", "l4", "orin", "rtx4090", "t4")
 
