@@ -29,10 +29,15 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": machine.commit(Path(__file__).parent),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_named, sys.argv[1:])]),
         "python": platform.python_version(),
         "machine": machine.describe(),
     }
+
+
+def _named(argument: str) -> str:
+    """An absolute path by its last part: the folders of a machine are nobody's business."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Path:
