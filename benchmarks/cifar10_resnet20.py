@@ -33,7 +33,9 @@ data:
   augment: flip_crop
   validation: 0.05
 prune: {{macs_ratio: 0.5, lr: 0.01, weight_decay: 0.0001, minibatches_per_step: 30}}
-finetune: {{epochs: 16, lr: 0.03, weight_decay: 0.0001, distill: {{alpha: 0.5, temperature: 4}}, amp: bf16}}
+finetune:
+  {{epochs: 24, lr: 0.03, weight_decay: 0.0001, ema: 0.9998, amp: bf16,
+    distill: {{alpha: 0.5, temperature: 4}}}}
 bench: {{batches: [1, 64], repeats: 20}}
 gates: {{accuracy_drop: 0.01, speedup: 1.5, batch: 64}}
 out: run

@@ -54,8 +54,7 @@ RECIPES: dict[str, Values] = {
             "weight_decay": 1e-4,
             "schedule": "cosine",
             "distill": {"alpha": 0.5, "temperature": 4.0},
-            "ema": 0.999,
-            "recalibrate": 100,
+            "ema": 0.9998,
         },
     },
 }
