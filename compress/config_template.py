@@ -79,7 +79,8 @@ def _description(model: type[BaseModel], key: str) -> str:
 
 
 def _default(model: type[BaseModel], key: str) -> Any:
-    return model.model_fields[key].get_default(call_default_factory=True, validated_data={})
+    found = model.model_fields[key].get_default(call_default_factory=True, validated_data={})
+    return found.model_dump(mode="json", exclude_defaults=True) if isinstance(found, BaseModel) else found
 
 
 def scalar(value: Any) -> str:

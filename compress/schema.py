@@ -239,11 +239,11 @@ class ExportConfig(Section):
         default_factory=list, description="ONNX files of these too: fp16, bf16, int8, fp8"
     )
     calibration_images: Count = Field(
-        default=512, description="training images that ranges of int8 and fp8 are taken from"
+        default=512, description="training images that int8 and fp8 are calibrated on"
     )
     keep_fp32: Literal["first_last", "none"] | list[Name] = Field(
         default="first_last",
-        description="layers left alone by int8 and fp8: first_last, none, or names of nodes",
+        description="layers without int8 and fp8: first_last, none, or a list",
     )
 
 
@@ -269,8 +269,7 @@ class BenchConfig(Section):
     )
     precision: Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8", "auto"] | None = Field(
         default=None,
-        description="fp32, tf32, fp16, bf16, int8, fp8, or auto (the fastest of export.precisions that keeps "
-        "the accuracy); null: the target's",
+        description="what is measured; auto: the fastest that is accurate; null: the target's",
     )
     batches: Counts | None = Field(default=None, description="batch sizes; null: the target's")
     repeats: int = Field(
@@ -282,7 +281,7 @@ class BenchConfig(Section):
         default=None, description="what runs the model; null: PyTorch and the target's runner"
     )
     engine: EngineConfig = Field(
-        default_factory=EngineConfig, description="how engines are built: {workspace_mib: 1024, ...}"
+        default_factory=EngineConfig, description="of TensorRT: {workspace_mib: 1024, builder_level: 5, ...}"
     )
 
 

@@ -98,7 +98,14 @@ DEFAULTS: dict[str, Any] = {
         "max_accuracy_drop": None,
     },
     "finetune": TRAIN,
-    "export": {"opset": None, "tolerance": 1e-4, "batches": [1, 2, 7]},
+    "export": {
+        "opset": None,
+        "tolerance": 1e-4,
+        "batches": [1, 2, 7],
+        "precisions": [],
+        "calibration_images": 512,
+        "keep_fp32": "first_last",
+    },
     "bench": {
         "target": "cpu-ort",
         "precision": None,
@@ -107,6 +114,13 @@ DEFAULTS: dict[str, Any] = {
         "seconds": 1.0,
         "threads": None,
         "runners": None,
+        "engine": {
+            "workspace_mib": None,
+            "builder_level": None,
+            "refit": False,
+            "version_compatible": False,
+            "compute_capability": None,
+        },
     },
     "gates": {
         "accuracy_drop": 0.01,
@@ -223,7 +237,8 @@ def test_an_override_may_mend_the_file() -> None:
         ("epochs: 1", "compress.yaml:4:1 epochs: unknown key; did you mean train.epochs or finetune.epochs?"),
         (
             "export: {zzz: 1}",
-            "compress.yaml:4:10 export.zzz: unknown key; known: batches, opset, tolerance",
+            "compress.yaml:4:10 export.zzz: unknown key; "
+            "known: batches, calibration_images, keep_fp32, opset, precisions, tolerance",
         ),
         (
             "finetune: {distill: {temp: 1}}",
@@ -613,7 +628,9 @@ def test_the_templates_commented_lines_are_the_defaults() -> None:
     everything = loads(re.sub(r"(?m)^( *)# (\w+: )", r"\1\2", text))
     assert everything == live
     shown = {line.strip("# ").split(":")[0] for line in text.splitlines()}
-    assert {key.rpartition(".")[2] for key in keys(json_schema()) if "distill." not in key} <= shown
+    assert {
+        key.rpartition(".")[2] for key in keys(json_schema()) if not re.search(r"distill\.|engine\.", key)
+    } <= shown
 
 
 def test_the_template_is_pleasant() -> None:
