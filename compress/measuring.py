@@ -33,7 +33,8 @@ def bench_stage(work: Work) -> Done:
     """Time the dense network against the original on the config's target."""
     document = measure(work)
     detail = ", ".join(f"{r['runner']} batch {r['batch']}: {r['ratio']:.2f}x" for r in document["speedup"])
-    return Done([work.write("bench.json", document)], detail)
+    engines = [f"{row['file']}{more}" for row in document["engines"] for more in ("", ".json")]
+    return Done([*engines, work.write("bench.json", document)], detail)
 
 
 def measure(work: Work) -> dict[str, Any]:
@@ -181,16 +182,43 @@ def _open(
         what = f"there is no {path.name}"
         raise ConfigError(what, "bench", f"add {precision} to export.precisions, and run the convert stage")
     if kind in ENGINE_KINDS:
-        path = _engine(work, kind, path, precision, engines)
+        path = engine_of(work, kind, path, precision, engines)
     elif precision == "tf32":
         how = "tf32"
     artifact = work.load(model) if kind.startswith("torch") else path
     runner = runners.open_runner(kind, artifact, work.config.bench.threads or 1, precision=how)
     opened.callback(runner.close)  # in reverse order: they restore the thread count
+    if kind not in aim.ON_CPU:
+        check_agreement(work, model, precision, runner)
     return runner
 
 
-def _engine(work: Work, library: str, onnx: Path, precision: str, built: list[dict[str, Any]]) -> Path:
+def check_agreement(work: Work, model: str, precision: str, runner: Any) -> None:
+    """Nothing is timed that computes something else: a GPU that a library does not support may answer zeros.
+
+    Held against ONNX Runtime on this CPU: in int8 the same file, else the fp32 file; fp8 cannot be held
+    against anything here. Raises RunnerError (exit 6).
+    """
+    from deploy import parity, runners
+    from deploy import precision as precisions
+    from deploy.errors import RunnerError
+
+    if precision in variants.WRONG_HERE:
+        return
+    same = precision == "int8"  # on random inputs its ranges do not hold, but they do so for both
+    reference = runners.open_runner(
+        "onnxruntime", work.run / variants.file_name(model, precision if same else "fp32")
+    )
+    tolerance = precisions.TOLERANCES["fp16" if precision == "fp32" else precision]
+    batch = min(work.config.bench.batches or [1])
+    (found,) = parity.compare(reference.infer, runner.infer, work.shapes, [batch], tolerance)
+    reference.close()
+    if not found.passed:
+        what = f"the {model} model in {precision} computes something else: {found.reason}"
+        raise RunnerError(what, runner.name, "is this GPU supported by the library? see compress doctor")
+
+
+def engine_of(work: Work, library: str, onnx: Path, precision: str, used: list[dict[str, Any]]) -> Path:
     """The engine of an ONNX file for this machine: the one that is there, else a new one."""
     from deploy import engines, to_tensorrt
     from deploy.errors import DeployError
@@ -202,7 +230,7 @@ def _engine(work: Work, library: str, onnx: Path, precision: str, built: list[di
     try:
         sidecar = engines.check(path, here=engines.this_machine(library))
         if sidecar["onnx"]["sha256"] == files.sha256(onnx):
-            return path
+            return _noted(work, path, library, None, used)
     except DeployError:
         pass  # none, or not for this machine: built below
     own = work.config.bench.engine
@@ -213,7 +241,15 @@ def _engine(work: Work, library: str, onnx: Path, precision: str, built: list[di
     work.events.note(f"building {path.name} with {library}")
     facts = {"plan": files.sha256(work.run / "plan.json"), "target": aim.target(work.config).name}
     made = to_tensorrt.build(onnx, path, library, options, timing_cache=_cache(folder, library), facts=facts)
-    built.append({"file": path.name, "library": library, "bytes": made.bytes, "seconds": made.seconds})
+    return _noted(work, path, library, made.seconds, used)
+
+
+def _noted(work: Work, path: Path, library: str, seconds: float | None, used: list[dict[str, Any]]) -> Path:
+    """Put an engine among those in use, once. seconds: to build it; None where it was there."""
+    name = path.relative_to(work.run).as_posix()
+    if name not in [row["file"] for row in used]:
+        size = path.stat().st_size
+        used.append({"file": name, "library": library, "bytes": size, "seconds": seconds})
     return path
 
 

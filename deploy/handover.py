@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deploy import report, triton
 from deploy.tables import Table
-from deploy.values import section, text
+from deploy.values import rows, section, text
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
@@ -34,8 +34,9 @@ ABOUT = {
 def files_of(outputs: Sequence[str]) -> list[str]:
     """Of a run's files those that are handed over: models, engines with sidecars, plan, report, figures."""
     found = [name for name in outputs if name in PLAIN_FILES]
-    found += [name for name in outputs if name.endswith(".onnx") and name != "original.onnx"]
-    for name in outputs:
+    ours = [name for name in outputs if not PurePosixPath(name).name.startswith("original.")]
+    found += [name for name in ours if name.endswith(".onnx")]
+    for name in ours:
         if name.endswith(ENGINES) and f"{name}.json" in outputs:
             found += [name, f"{name}.json"]
     return sorted(found)
@@ -61,14 +62,24 @@ def write(
         (folder / source).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / source, folder / source)
     name = triton.model_name(name or text(section(results, "model").get("name"), "model"))
-    ports = triton.read_ports(folder / MODEL)
+    model = shipped(results)
+    ports = triton.read_ports(folder / model)
     place = folder / "models" / name
     (place / "1").mkdir(parents=True)
-    shutil.copyfile(folder / MODEL, place / "1" / "model.onnx")
+    shutil.copyfile(folder / model, place / "1" / "model.onnx")
     _write(place / "config.pbtxt", triton.config(name, ports, *triton.batch_sizes(results)))
     _write(folder / CARD, card(results, name, ports, listed, forced=forced))
     _write(folder / SUMS, sums(folder))
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def shipped(results: Mapping[str, Any]) -> str:
+    """The file that was judged: the pruned model in the precision of the target."""
+    precision = section(results, "target").get("precision")
+    for row in rows(results, "variants"):
+        if (row.get("model"), row.get("precision")) == ("dense", precision):
+            return f"dense.{precision}.onnx"
+    return MODEL
 
 
 def card(
@@ -107,7 +118,10 @@ def _shape(tensor: triton.Tensor) -> str:
 
 def _files(listed: Sequence[str], name: str) -> Table:
     body = [(path, ABOUT.get(path) or _about(path)) for path in listed]
-    body += [(f"models/{name}", "the same model as a Triton model repository has it"), (SUMS, ABOUT[SUMS])]
+    body += [
+        (f"models/{name}", "the model that was judged, as a Triton model repository has it"),
+        (SUMS, ABOUT[SUMS]),
+    ]
     return Table(("File", "What it is"), "ct", tuple(body))
 
 

@@ -89,6 +89,25 @@ def test_the_folder_has_everything_to_serve_and_nothing_else(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_what_is_served_is_the_file_that_was_judged(tmp_path: Path) -> None:
+    variants = [{"model": m, "precision": "int8", "file": f"{m}.int8.onnx"} for m in ("original", "dense")]
+    run = finished(tmp_path / "run", target={"precision": "int8"}, variants=variants)
+    (run / "dense.int8.onnx").write_bytes((run / "dense.onnx").read_bytes())
+    for name in ("original.int8.onnx", "engines/t4/original.engine", "engines/t4/original.engine.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(b"the original's")
+    names = ["dense.int8.onnx", *(str(p.relative_to(run)) for p in run.rglob("original.*"))]
+    record = manifest.StageRecord("bench", "key", manifest.facts(run, names), {}, "2026-01-01T00:00:00Z", 1.0)
+    manifest.commit(run, record)
+    gate = manifest.load(run)["gate"]
+    manifest.commit(run, gate)  # judged after it
+    found = hand_over(run, tmp_path / "out")
+    assert "dense.int8.onnx" in found.paths
+    assert not [path for path in found.paths if "original" in path]
+    served = (tmp_path / "out" / PLACE / "1" / "model.onnx").read_bytes()
+    assert served == (run / "dense.int8.onnx").read_bytes()
+
+
 def test_sha256sum_checks_every_file(tmp_path: Path) -> None:
     hand_over(finished(tmp_path / "run"), tmp_path / "out")
     check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]

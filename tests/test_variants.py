@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from compress import config, files, pipeline
+from compress import aim, config, files, measuring, pipeline, variants
 from compress.errors import ConfigError
-from deploy.errors import DeployError
+from compress.steps import Work
+from deploy import engines
+from deploy.errors import DeployError, RunnerError
+from deploy.runners import open_runner
 from tests.pipelines import Silent, start
 
 pytestmark = pytest.mark.slow
@@ -91,6 +94,45 @@ def test_what_cannot_be_measured_here_says_so(converted: Path, tmp_path: Path) -
         assert row["failure"]
         assert str(tmp_path) not in row["failure"]
         assert (row["relative"], row["accuracy"]["value"]) == (None, None)
+
+
+def test_nothing_is_timed_that_computes_something_else(converted: Path) -> None:
+    own = aim.aimed(config.load(converted / "compress.yaml", ASKED))
+    work = Work(own, converted, converted / "run", Silent(), lambda: False)
+    for precision in ("fp16", "int8", "fp32"):
+        right = open_runner("onnxruntime", converted / "run" / variants.file_name("dense", precision))
+        measuring.check_agreement(work, "dense", precision, right)
+        with pytest.raises(RunnerError, match=r"the original model in .* computes something else") as caught:
+            measuring.check_agreement(work, "original", precision, right)
+        assert caught.value.exit_code == 6
+        right.close()
+
+
+def test_an_engine_is_built_once_for_a_machine(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="engines are built with tensorrt-rtx-cu13")
+    shutil.copytree(converted, tmp_path, dirs_exist_ok=True)
+    here = engines.this_machine("tensorrt_rtx")
+    gpu = {"gpu": "NVIDIA Example", "compute_capability": "8.9", "driver": None}
+    monkeypatch.setattr(engines, "this_machine", lambda library: here | gpu)
+    own = aim.aimed(config.load(tmp_path / "compress.yaml", [*ASKED, "bench.batches=[1, 4, 8]"]))
+    work = Work(own, tmp_path, tmp_path / "run", Silent(), lambda: False)
+    built, found, again = [list[dict[str, Any]]() for _ in range(3)]
+    onnx = tmp_path / "run" / "dense.fp16.onnx"
+    paths = [measuring.engine_of(work, "tensorrt_rtx", onnx, "fp16", used) for used in (built, found, found)]
+    assert paths == [tmp_path / "run" / "engines" / "cpu-ort" / "dense.fp16.engine"] * 3
+    for used, there in ((built, False), (found, True)):
+        (row,) = used
+        assert (row["file"], row["library"]) == ("engines/cpu-ort/dense.fp16.engine", "tensorrt_rtx")
+        assert (row["seconds"] is None) == there
+    sidecar = engines.read_sidecar(paths[0])
+    assert sidecar["options"]["batches"] == [1, 4, 8]
+    assert sidecar["facts"] == {"plan": files.sha256(tmp_path / "run" / "plan.json"), "target": "cpu-ort"}
+    shutil.copyfile(tmp_path / "run" / "original.fp16.onnx", onnx)
+    measuring.engine_of(work, "tensorrt_rtx", onnx, "fp16", again)
+    assert again[0]["seconds"] > 0
+    assert engines.read_sidecar(paths[0])["onnx"]["sha256"] == files.sha256(onnx)
 
 
 def test_a_target_in_a_precision_that_was_not_made(converted: Path, tmp_path: Path) -> None:
