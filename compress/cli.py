@@ -249,7 +249,7 @@ def run(
     screen: Screen, config: str, until: str | None, start: str | None, dry_run: bool, fresh: bool,
     overrides: tuple[str, ...], out: str | None, **given: Any,
 ) -> Answer:  # fmt: skip
-    """Do all of it: train, prune, finetune, export, bench, report, gate.
+    """Do all of it: train, prune, finetune, export, convert, bench, report, gate.
 
     What is done already, with the same config, is not done again; an interrupted run goes on where it was.
     With --from, what is before that stage is taken as it is, also from another machine.

@@ -25,7 +25,8 @@ def profile(work: Work, document: Mapping[str, Any], artifacts: Mapping[str, Any
         return None
     batch = work.config.gates.batch or max(bench.batches or [1])
     inputs = parity.normal_inputs(work.shapes, batch, work.config.seed)
-    layers = work.read("prune.json")["layers"]
+    pruned = work.read("prune.json")
+    layers, align = pruned["layers"], pruned["align"]
     before, after = (
         {row["name"]: batch * row[f"macs_{when}"] for row in layers} for when in ("before", "after")
     )
@@ -38,12 +39,12 @@ def profile(work: Work, document: Mapping[str, Any], artifacts: Mapping[str, Any
     if kind == "onnxruntime":
         (original, _), (dense, _) = artifacts["original"], artifacts["dense"]
         whole = profilers.compare_onnx(
-            original, dense, inputs, align=work.align, threads=bench.threads or 1,
+            original, dense, inputs, align=align, threads=bench.threads or 1,
             macs=(before, after), measured_ms=measured,
         )  # fmt: skip
     else:
         old, new = (_of_engine(file, runner, inputs) for file, runner in artifacts.values())
-        rows = profiles.compare(old, new, align=work.align, macs_before=before, macs_after=after)
+        rows = profiles.compare(old, new, align=align, macs_before=before, macs_after=after)
         whole = profiles.document(old, new, rows, measured_ms=measured)
     return {"runner": kind, "batch": batch, **whole, "rows": [finite(row) for row in whole["rows"]]}
 

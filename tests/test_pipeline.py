@@ -182,11 +182,11 @@ def test_the_last_stages_can_be_done_on_another_machine(
     outcome = start(there, ["device=cuda:7"], events=Silent(), until="export", dry_run=True, start="export")
     assert [status for _, status, _ in outcome.stages[:1]] == ["would run"]  # the config is another one
     outcome = start(there, events=events, start="bench")
-    assert [status for _, status, _ in outcome.stages] == ["cached"] * 4 + ["done"] * 3
+    assert [status for _, status, _ in outcome.stages] == ["cached"] * 5 + ["done"] * 3
     assert outcome.exit_code == 0
     assert outcome.results["data"] == files.read_json(finished / "run" / "results.json")["data"]
     told = [text for text in events.seen if "kept" in text]
-    assert len(told) == 4
+    assert len(told) == 5
     assert re.fullmatch(
         r"stage train was done elsewhere and is kept: torch was [\d.]+, here it is 99\.1", told[0]
     )

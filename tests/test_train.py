@@ -591,6 +591,7 @@ class TestKilled:
         assert messages[0].startswith("going on from epoch 2, step ")
         assert_same(found, expected)
 
+    @pytest.mark.slow
     def test_at_any_moment(self, tmp_path: Path) -> None:
         """Forked children, saving at every step, are killed after random times until one gets to the end."""
         root = Path(__file__).parent
