@@ -20,12 +20,13 @@ import torch
 from compress import aim, files, profiling, variants
 from compress.config import BenchConfig
 from compress.errors import ConfigError, IntegrityError, Interrupted
+from compress.opening import Opener
 from compress.steps import Done, Work, finite
 from compress.variants import MODELS
 from deploy.runners import ENGINE_KINDS
 
 SCHEMA_VERSION = 1
-FOLDER, ENGINES = "targets", "engines"
+FOLDER = "targets"
 TRIED = "tf32"  # by `precision: auto`, where an engine has it
 
 
@@ -45,11 +46,11 @@ def measure(work: Work) -> dict[str, Any]:
     """
     from deploy import machine
 
-    bench, engines = work.config.bench, list[dict[str, Any]]()
+    bench, opener = work.config.bench, Opener(work)
     kinds, batches = list(bench.runners or []), list(bench.batches or [])
     if torch.cuda.is_available() and "torch_cuda" not in kinds:
         kinds.append("torch_cuda")
-    choice = _choose(work, engines) if bench.precision == "auto" else None
+    choice = _choose(opener) if bench.precision == "auto" else None
     precision = str(bench.precision) if choice is None else choice["name"]
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -57,30 +58,29 @@ def measure(work: Work) -> dict[str, Any]:
         "models": {name: files.sha256(work.run / f"{name}.onnx") for name in MODELS},
         "machine": machine.describe(),
         "choice": choice,
-        "engines": engines,
+        "engines": opener.engines,
         "latency": [],
         "speedup": [],
         "overall": [],
     }
     for number, (kind, batch) in enumerate(itertools.product(kinds, batches)):
-        _add(document, work, kind, batch, precision, (number, len(kinds) * len(batches)))
-    document["profile"] = _profile(work, document, precision)
+        _add(document, opener, kind, batch, precision, (number, len(kinds) * len(batches)))
+    document["profile"] = _profile(opener, document, precision)
     return document
 
 
-def _profile(work: Work, document: dict[str, Any], precision: str) -> dict[str, Any] | None:
-    kind = aim.target(work.config).runner
+def _profile(opener: Opener, document: Mapping[str, Any], precision: str) -> dict[str, Any] | None:
+    work, kind = opener.work, aim.target(opener.work.config).runner
     with ExitStack() as opened:
         artifacts: dict[str, Any] = {}
         for name in MODELS:
-            engine = kind in ENGINE_KINDS
-            runner = _open(work, opened, kind, name, precision, document["engines"]) if engine else None
+            runner = opener.open(opened, kind, name, precision) if kind in ENGINE_KINDS else None
             artifacts[name] = (work.run / variants.file_name(name, precision), runner)
         return profiling.profile(work, document, artifacts)
 
 
 def _add(
-    document: dict[str, Any], work: Work, kind: str, batch: int, precision: str, place: tuple[int, int]
+    document: dict[str, Any], opener: Opener, kind: str, batch: int, precision: str, place: tuple[int, int]
 ) -> None:
     """Measure one runner at one batch size."""
     from deploy import latency
@@ -90,7 +90,7 @@ def _add(
     if own != "fp32":
         turns["original fp32"] = ("original", "fp32")
     with ExitStack() as opened:
-        found = _timed(work, opened, kind, batch, turns, place, document["engines"])
+        found = _timed(opener, opened, kind, batch, turns, place)
     for row in found.latency:
         document["latency"].append(finite(row.as_dict()) | {"precision": turns[row.model][1]})
     document["speedup"].append(finite(asdict(found.speedup[0])) | {"precision": own})
@@ -101,30 +101,31 @@ def _add(
 
 
 def _timed(
-    work: Work, opened: ExitStack, kind: str, batch: int, turns: Mapping[str, tuple[str, str]],
-    place: tuple[int, int], engines: list[dict[str, Any]],
+    opener: Opener, opened: ExitStack, kind: str, batch: int, turns: Mapping[str, tuple[str, str]],
+    place: tuple[int, int],
 ) -> Any:  # fmt: skip
     """Measurements of (model, precision) pairs that take turns on one runner, by name."""
     from deploy import latency
 
-    config = work.config.bench
+    work, config = opener.work, opener.work.config.bench
 
     def show(done: int, of: int) -> None:
         work.events.progress("bench", place[0] + done / of, place[1], f"{kind}, batch {batch}")
         _stop_between(work)
 
-    pair = {name: _open(work, opened, kind, *turn, engines) for name, turn in turns.items()}
+    pair = {name: opener.open(opened, kind, *turn) for name, turn in turns.items()}
     return latency.measure(
         pair, work.shapes, batch, config.repeats, config.seconds, seed=work.config.seed, progress=show
     )
 
 
-def _choose(work: Work, engines: list[dict[str, Any]]) -> dict[str, Any]:
+def _choose(opener: Opener) -> dict[str, Any]:
     """`precision: auto`: the dense model in every precision there is, on the target's runner."""
     from deploy import precision as precisions
     from deploy.errors import DeployError
 
-    config, kind = work.config, aim.target(work.config).runner
+    work, config = opener.work, opener.work.config
+    kind = aim.target(config).runner
     batch = config.gates.batch or max(config.bench.batches or [1])
     names = ["fp32", *([TRIED] if kind in ENGINE_KINDS else []), *variants.wanted(config)]
     known = {
@@ -136,12 +137,12 @@ def _choose(work: Work, engines: list[dict[str, Any]]) -> dict[str, Any]:
         turns = {}
         for name in names:
             try:
-                _open(work, opened, kind, "dense", name, engines)
+                opener.open(opened, kind, "dense", name)
                 turns[name] = ("dense", name)
             except DeployError as error:
                 failures[name] = error.what
     with ExitStack() as opened:
-        found = _timed(work, opened, kind, batch, turns, (0, 1), engines)
+        found = _timed(opener, opened, kind, batch, turns, (0, 1))
     medians = {row.model: row.median for row in found.latency}
     rows = [
         precisions.Variant(
@@ -169,92 +170,6 @@ def _judged(row: Mapping[str, Any] | None, before: Mapping[str, Any]) -> Any:
         return None
     relative = math.inf if row["relative"] is None else row["relative"]
     return Evaluation(n, relative, row["agreement"], round(row["accuracy"]["value"] * n), right)
-
-
-def _open(
-    work: Work, opened: ExitStack, kind: str, model: str, precision: str, engines: list[dict[str, Any]]
-) -> Any:
-    """A runner of one model in one precision, closed with `opened`."""
-    from deploy import runners
-
-    path, how = work.run / variants.file_name(model, precision), "fp32"
-    if not path.is_file():
-        what = f"there is no {path.name}"
-        raise ConfigError(what, "bench", f"add {precision} to export.precisions, and run the convert stage")
-    if kind in ENGINE_KINDS:
-        path = engine_of(work, kind, path, precision, engines)
-    elif precision == "tf32":
-        how = "tf32"
-    artifact = work.load(model) if kind.startswith("torch") else path
-    runner = runners.open_runner(kind, artifact, work.config.bench.threads or 1, precision=how)
-    opened.callback(runner.close)  # in reverse order: they restore the thread count
-    if kind not in aim.ON_CPU:
-        check_agreement(work, model, precision, runner)
-    return runner
-
-
-def check_agreement(work: Work, model: str, precision: str, runner: Any) -> None:
-    """Nothing is timed that computes something else: a GPU that a library does not support may answer zeros.
-
-    Held against ONNX Runtime on this CPU: in int8 the same file, else the fp32 file; fp8 cannot be held
-    against anything here. Raises RunnerError (exit 6).
-    """
-    from deploy import parity, runners
-    from deploy import precision as precisions
-    from deploy.errors import RunnerError
-
-    if precision in variants.WRONG_HERE:
-        return
-    same = precision == "int8"  # on random inputs its ranges do not hold, but they do so for both
-    reference = runners.open_runner(
-        "onnxruntime", work.run / variants.file_name(model, precision if same else "fp32")
-    )
-    tolerance = precisions.TOLERANCES["fp16" if precision == "fp32" else precision]
-    batch = min(work.config.bench.batches or [1])
-    (found,) = parity.compare(reference.infer, runner.infer, work.shapes, [batch], tolerance)
-    reference.close()
-    if not found.passed:
-        what = f"the {model} model in {precision} computes something else: {found.reason}"
-        raise RunnerError(what, runner.name, "is this GPU supported by the library? see compress doctor")
-
-
-def engine_of(work: Work, library: str, onnx: Path, precision: str, used: list[dict[str, Any]]) -> Path:
-    """The engine of an ONNX file for this machine: the one that is there, else a new one."""
-    from deploy import engines, to_tensorrt
-    from deploy.errors import DeployError
-
-    batches = sorted(work.config.bench.batches or [1])
-    folder = work.run / ENGINES / aim.target(work.config).name
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{onnx.stem}{'.tf32' if precision == 'tf32' else ''}.engine"
-    try:
-        sidecar = engines.check(path, here=engines.this_machine(library))
-        if sidecar["onnx"]["sha256"] == files.sha256(onnx):
-            return _noted(work, path, library, None, used)
-    except DeployError:
-        pass  # none, or not for this machine: built below
-    own = work.config.bench.engine
-    options = to_tensorrt.EngineOptions(
-        batches=(batches[0], batches[len(batches) // 2], batches[-1]), tf32=precision == "tf32",
-        **own.model_dump(),
-    )  # fmt: skip
-    work.events.note(f"building {path.name} with {library}")
-    facts = {"plan": files.sha256(work.run / "plan.json"), "target": aim.target(work.config).name}
-    made = to_tensorrt.build(onnx, path, library, options, timing_cache=_cache(folder, library), facts=facts)
-    return _noted(work, path, library, made.seconds, used)
-
-
-def _noted(work: Work, path: Path, library: str, seconds: float | None, used: list[dict[str, Any]]) -> Path:
-    """Put an engine among those in use, once. seconds: to build it; None where it was there."""
-    name = path.relative_to(work.run).as_posix()
-    if name not in [row["file"] for row in used]:
-        size = path.stat().st_size
-        used.append({"file": name, "library": library, "bytes": size, "seconds": seconds})
-    return path
-
-
-def _cache(folder: Path, library: str) -> Path | None:
-    return folder / "timing.cache" if library == "tensorrt" else None
 
 
 def _target(work: Work, precision: str) -> dict[str, Any]:

@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for package in ("compress", "deploy") for path in (ROOT / package).rglob("*.py"))
 MAY_DEPLOY = {"cli", "pipeline", "comparison", "doctor", "console", "inspection", "preview"}
-MAY_DEPLOY |= {"aim", "measuring", "profiling", "variants", "release", "show", "earlier", "ci", "handover"}
+MAY_DEPLOY |= {
+    "aim",
+    "measuring",
+    "opening",
+    "profiling",
+    "variants",
+    "release",
+    "show",
+    "earlier",
+    "ci",
+    "handover",
+}
 CORE = ("trace", "labels", "rules", "layer_rules", "channelmap", "cost", "select", "plan", "surgery")
 CORE += ("importance", "graphfile")
 TRAINING = {"train", "loop", "task", "data", "objective", "checkpoint", "models", "config", "schema", "seeds"}

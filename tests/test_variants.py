@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress import aim, config, files, measuring, pipeline, variants
+from compress import aim, config, files, opening, pipeline, variants
 from compress.errors import ConfigError
+from compress.schema import EngineConfig
 from compress.steps import Work
 from deploy import engines
 from deploy.errors import DeployError, RunnerError
@@ -101,9 +103,9 @@ def test_nothing_is_timed_that_computes_something_else(converted: Path) -> None:
     work = Work(own, converted, converted / "run", Silent(), lambda: False)
     for precision in ("fp16", "int8", "fp32"):
         right = open_runner("onnxruntime", converted / "run" / variants.file_name("dense", precision))
-        measuring.check_agreement(work, "dense", precision, right)
+        opening.check_agreement(work, "dense", precision, right)
         with pytest.raises(RunnerError, match=r"the original model in .* computes something else") as caught:
-            measuring.check_agreement(work, "original", precision, right)
+            opening.check_agreement(work, "original", precision, right)
         assert caught.value.exit_code == 6
         right.close()
 
@@ -118,20 +120,24 @@ def test_an_engine_is_built_once_for_a_machine(
     monkeypatch.setattr(engines, "this_machine", lambda library: here | gpu)
     own = aim.aimed(config.load(tmp_path / "compress.yaml", [*ASKED, "bench.batches=[1, 4, 8]"]))
     work = Work(own, tmp_path, tmp_path / "run", Silent(), lambda: False)
-    built, found, again = [list[dict[str, Any]]() for _ in range(3)]
+    built, found, again = (opening.Opener(work) for _ in range(3))
     onnx = tmp_path / "run" / "dense.fp16.onnx"
-    paths = [measuring.engine_of(work, "tensorrt_rtx", onnx, "fp16", used) for used in (built, found, found)]
+    paths = [opener.engine("tensorrt_rtx", onnx, "fp16") for opener in (built, found, found)]
     assert paths == [tmp_path / "run" / "engines" / "cpu-ort" / "dense.fp16.engine"] * 3
-    for used, there in ((built, False), (found, True)):
-        (row,) = used
+    for opener, there in ((built, False), (found, True)):
+        (row,) = opener.engines
         assert (row["file"], row["library"]) == ("engines/cpu-ort/dense.fp16.engine", "tensorrt_rtx")
         assert (row["seconds"] is None) == there
     sidecar = engines.read_sidecar(paths[0])
     assert sidecar["options"]["batches"] == [1, 4, 8]
     assert sidecar["facts"] == {"plan": files.sha256(tmp_path / "run" / "plan.json"), "target": "cpu-ort"}
+    harder = own.bench.model_copy(update={"engine": EngineConfig(builder_level=0)})
+    other = opening.Opener(replace(work, config=own.model_copy(update={"bench": harder})))
+    other.engine("tensorrt_rtx", onnx, "fp16")
+    assert other.engines[0]["seconds"] > 0  # built with other options
     shutil.copyfile(tmp_path / "run" / "original.fp16.onnx", onnx)
-    measuring.engine_of(work, "tensorrt_rtx", onnx, "fp16", again)
-    assert again[0]["seconds"] > 0
+    again.engine("tensorrt_rtx", onnx, "fp16")
+    assert again.engines[0]["seconds"] > 0
     assert engines.read_sidecar(paths[0])["onnx"]["sha256"] == files.sha256(onnx)
 
 
