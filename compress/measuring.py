@@ -55,7 +55,7 @@ def measure(work: Work) -> dict[str, Any]:
     document: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "target": _target(work, precision),
-        "models": {name: files.sha256(work.run / f"{name}.onnx") for name in MODELS},
+        "models": _hashes_of(work.run),
         "machine": machine.describe(),
         "choice": choice,
         "engines": opener.engines,
@@ -90,7 +90,8 @@ def _add(
     if own != "fp32":
         turns["original fp32"] = ("original", "fp32")
     with ExitStack() as opened:
-        found = _timed(opener, opened, kind, batch, turns, place)
+        pair = {name: opener.open(opened, kind, *turn) for name, turn in turns.items()}
+        found = _timed(opener.work, pair, kind, batch, place)
     for row in found.latency:
         document["latency"].append(finite(row.as_dict()) | {"precision": turns[row.model][1]})
     document["speedup"].append(finite(asdict(found.speedup[0])) | {"precision": own})
@@ -100,20 +101,16 @@ def _add(
         document["overall"].append(finite(asdict(both)) | {"precision": own})
 
 
-def _timed(
-    opener: Opener, opened: ExitStack, kind: str, batch: int, turns: Mapping[str, tuple[str, str]],
-    place: tuple[int, int],
-) -> Any:  # fmt: skip
-    """Measurements of (model, precision) pairs that take turns on one runner, by name."""
+def _timed(work: Work, pair: Mapping[str, Any], kind: str, batch: int, place: tuple[int, int]) -> Any:
+    """Measurements of open runners of one kind that take turns, by name."""
     from deploy import latency
 
-    work, config = opener.work, opener.work.config.bench
+    config = work.config.bench
 
     def show(done: int, of: int) -> None:
         work.events.progress("bench", place[0] + done / of, place[1], f"{kind}, batch {batch}")
         _stop_between(work)
 
-    pair = {name: opener.open(opened, kind, *turn) for name, turn in turns.items()}
     return latency.measure(
         pair, work.shapes, batch, config.repeats, config.seconds, seed=work.config.seed, progress=show
     )
@@ -134,15 +131,13 @@ def _choose(opener: Opener) -> dict[str, Any]:
     before = work.read("finetune.json")["accuracy"]
     failures: dict[str, str] = {}
     with ExitStack() as opened:
-        turns = {}
+        able = {}
         for name in names:
             try:
-                opener.open(opened, kind, "dense", name)
-                turns[name] = ("dense", name)
+                able[name] = opener.open(opened, kind, "dense", name)
             except DeployError as error:
                 failures[name] = error.what
-    with ExitStack() as opened:
-        found = _timed(opener, opened, kind, batch, turns, (0, 1))
+        found = _timed(work, able, kind, batch, (0, 1))
     medians = {row.model: row.median for row in found.latency}
     rows = [
         precisions.Variant(
@@ -170,6 +165,10 @@ def _judged(row: Mapping[str, Any] | None, before: Mapping[str, Any]) -> Any:
         return None
     relative = math.inf if row["relative"] is None else row["relative"]
     return Evaluation(n, relative, row["agreement"], round(row["accuracy"]["value"] * n), right)
+
+
+def _hashes_of(run: Path) -> dict[str, str]:
+    return {name: files.sha256(run / f"{name}.onnx") for name in MODELS}
 
 
 def _target(work: Work, precision: str) -> dict[str, Any]:
@@ -236,7 +235,7 @@ def bring(run: Path, path: Path) -> Path:
 def others(work: Work) -> list[dict[str, Any]]:
     """The documents of other targets that are of this run's models, by name."""
     found = [files.read_json(path) for path in sorted((work.run / FOLDER).glob("*.json"))]
-    models = {name: files.sha256(work.run / f"{name}.onnx") for name in MODELS}
+    models = _hashes_of(work.run)
     return [document for document in found if document["models"] == models]
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from compress import aim, distributed, files, manifest, measuring, preview, variants
-from compress.aim import aimed
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
@@ -111,7 +110,7 @@ def run(
     processes (see `compress.distributed`) all call this; the first alone writes, exports, measures and
     judges. Raises CompressError or DeployError; LockedError when another run works in the same folder.
     """
-    place, config = folder / config.out, aimed(config)
+    place, config = folder / config.out, aim.aimed(config)
     work = Work(config, folder, place, events, should_stop, command, earlier=earlier)
     preflight(work, _to_do(place, until, start, only, fresh))
     if dry_run:
@@ -145,7 +144,7 @@ def bench_for(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Measure an exported run for another target than its own, for the report; the document."""
-    config = aimed(config)
+    config = aim.aimed(config)
     work = Work(config, folder, folder / config.out, events, should_stop)
     with files.lock(work.run):
         return measuring.measure_other(work, target)

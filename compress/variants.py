@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +45,10 @@ def convert_stage(work: Work) -> Done:
     if plans and work.read("train.json")["parts"] is not None:
         what = "only a model that is traced whole can be brought to other precisions"
         raise ConfigError(what, "export.precisions", "leave them out, and bench in fp32")
-    rows = []
-    for done, (precision, model) in enumerate(plans):
-        work.events.progress("convert", done, len(plans), f"{model} {precision}")
-        rows.append(_variant(work, model, precision))
+    rows, models = [], {name: _model(work, name) for name in MODELS} if plans else {}
+    for done, (precision, name) in enumerate(plans):
+        work.events.progress("convert", done, len(plans), f"{name} {precision}")
+        rows.append(_variant(work, models[name], precision))
     said = ", ".join(f"{row['file']} {_share(row['accuracy']['value'])}" for row in rows)
     outputs = [*(row["file"] for row in rows), work.write("convert.json", {"variants": rows})]
     return Done(outputs, said or "no further precision is asked for")
@@ -58,45 +58,61 @@ def _share(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2%}"
 
 
-def _variant(work: Work, model: str, precision: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Model:
+    """What all variants of a model are made from. calibration, inputs: batches of training and of test
+    examples as the net is called with them. accuracy: of the fp32 network, as its stage measured it."""
+
+    name: str
+    net: GraphNet
+    calibration: list[tuple[Array, ...]]
+    inputs: list[tuple[Array, ...]]
+    accuracy: dict[str, Any]
+
+
+def _model(work: Work, name: str) -> _Model:
+    net, stage = work.load(name), {"original": "train", "dense": "finetune"}[name]
+    calibration = _seen(net, work.config.export.calibration_images, lambda given: _train_on(work, given))
+    inputs = _seen(net, COMPARED, lambda given: work.task.evaluate(given, "test"))
+    return _Model(name, net, calibration, inputs, work.read(f"{stage}.json")["accuracy"])
+
+
+def _variant(work: Work, model: _Model, precision: str) -> dict[str, Any]:
     """Convert one file and measure it, with ONNX Runtime on this CPU."""
     from deploy import precision as precisions
 
-    config, net = work.config.export, work.load(model)
-    source, path = work.run / f"{model}.onnx", work.run / file_name(model, precision)
+    keep = work.config.export.keep_fp32
+    source, path = work.run / f"{model.name}.onnx", work.run / file_name(model.name, precision)
     with files.whole(path) as temporary:
         made = precisions.convert(
             source, temporary, precision,
-            calibration=_seen(net, config.calibration_images, lambda given: _train_on(work, given)),
-            keep=() if config.keep_fp32 == "none" else config.keep_fp32,
+            calibration=model.calibration, keep=() if keep == "none" else keep,
             runner=aim.target(work.config).runner,
         )  # fmt: skip
-    row = {"model": model, "file": path.name, **asdict(made)}
+    row = {"model": model.name, "file": path.name, **asdict(made)}
     row.pop("seconds")  # the same run gives the same files
-    return row | _measured(work, net, source, path, precision)
+    return row | _measured(work, model, source, path, precision)
 
 
-def _measured(work: Work, net: GraphNet, source: Path, path: Path, precision: str) -> dict[str, Any]:
+def _measured(work: Work, model: _Model, source: Path, path: Path, precision: str) -> dict[str, Any]:
     """A variant on test examples; failure: why it cannot be measured on this CPU."""
     from deploy import precision as precisions
     from deploy import runners
     from deploy.errors import DeployError
 
-    task, failure = work.task, WRONG_HERE.get(precision, "")
-    plain = evaluation(task.evaluate(net, "test")) | dict.fromkeys(("value", "loss", "wrong"))
-    nothing = {"relative": None, "agreement": None, "compared": 0, "accuracy": plain}
-    if failure:
-        return nothing | {"failure": failure}
-    inputs = _seen(net, COMPARED, lambda given: task.evaluate(given, "test"))
+    unknown = model.accuracy | dict.fromkeys(("value", "loss", "wrong"))
+    nothing = {"relative": None, "agreement": None, "compared": 0, "accuracy": unknown}
+    if precision in WRONG_HERE:
+        return nothing | {"failure": WRONG_HERE[precision]}
     with contextlib.ExitStack() as opened:
         try:
             reference, candidate = (runners.open_runner("onnxruntime", p) for p in (source, path))
             opened.callback(candidate.close)
             opened.callback(reference.close)
-            found = precisions.evaluate(reference, candidate, [(batch, None) for batch in inputs])
+            found = precisions.evaluate(reference, candidate, [(batch, None) for batch in model.inputs])
         except DeployError as error:
             return nothing | {"failure": error.what}
-        accuracy = evaluation(task.evaluate(_Played(candidate, net), "test"))
+        accuracy = evaluation(work.task.evaluate(_Played(candidate, model.net), "test"))
     facts = {"relative": found.relative, "agreement": found.agreement, "compared": found.images}
     return finite(facts) | {"accuracy": accuracy, "failure": ""}
 
