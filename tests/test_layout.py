@@ -22,6 +22,8 @@ MAY_DEPLOY |= {
     "show",
     "earlier",
     "ci",
+    "meter",
+    "latency",
     "handover",
 }
 CORE = ("trace", "labels", "rules", "layer_rules", "channelmap", "cost", "select", "plan", "surgery")
