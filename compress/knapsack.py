@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.knapsack_optimal import Solved, highs, programmed
-from compress.knapsack_search import TIGHT, Dual, close, dual_of, exchanged, filled, primal
+from compress.knapsack_search import TIGHT, Dual, allowance, dual_of, exchanged, filled, primal
 from compress.knapsack_table import OVERSPEND, Table, table_of, tightened
 
 CORE = 1_000  # levels that HiGHS gets for one look
 NODES = 20
 LOOKS = 3
+COARSE = 5  # HiGHS may take seconds: with several resources so many times the gap is small enough
 
 
 class Infeasible(ValueError):
@@ -149,24 +150,25 @@ class _Given:
 
 def _closed(table: Table, dual: Dual, found: np.ndarray) -> tuple[np.ndarray, float]:
     """The gap narrowed: what could still be better is solved on its own, smaller each time."""
-    bound = dual.bound
+    bound, several = dual.bound, len(dual.prices) > 1
     score = table.values - table.costs @ dual.prices
     regret = np.maximum.reduceat(score, table.start)[table.group] - score
     for _ in range(LOOKS):
         value = table.value(found)
-        if close(value, bound):
+        enough = allowance(value) * (COARSE if several else 1)
+        if bound - value <= enough:
             break
         mask = dual.bound - regret > value  # what the bound would be with this level forced in
         mask[found] = True
         core = tightened(replace(table.only(mask), at=np.flatnonzero(mask)))
-        solved = None if core is None else _core(core, TIGHT * (1 - value) / max(value, TIGHT))
+        solved = None if core is None else _core(core, enough / max(value, TIGHT))
         if core is None or solved is None:
             break
         bound = min(bound, max(value, solved.bound))
         if solved.picks is not None and table.fits(picks := core.at[solved.picks]):
             picks = exchanged(table, filled(table, picks, dual.prices), replace(dual, bound=bound))
             found = picks if table.value(picks) > value else found
-        if len(dual.prices) > 1 or table.value(found) == value:
+        if several or table.value(found) == value:
             break
     return found, bound
 

@@ -13,7 +13,7 @@ import numpy as np
 from compress.knapsack_table import ROUNDING, Table
 
 CUTS = 80
-TIGHT = 2e-3  # as a share of what is given up: a gap this small is not worth more time
+TIGHT = 1e-3  # as a share of what is given up: a gap this small is not worth more time
 STARTS = 4
 NEAR = 256  # moves that are tried in pairs
 EXCHANGES = 64
@@ -33,6 +33,7 @@ def dual_of(table: Table) -> Dual:
     resources = table.costs.shape[1]
     box = 1.0  # values are shares: with one resource no price above 1 is ever best
     prices, best, bound = np.zeros(resources), np.zeros(resources), np.inf
+    weights = np.ones(1)
     planes: list[np.ndarray] = []
     chosen: list[np.ndarray] = []
     for _ in range(CUTS):
@@ -44,19 +45,27 @@ def dual_of(table: Table) -> Dual:
             best, bound = prices, here
         if bound < table.least_value():
             break
-        prices, lowest = _lowest(np.array(planes), box)
+        prices, lowest, weights = _lowest(np.array(planes), box)
         if bound - lowest <= 1e-7:
             if resources == 1 or box > 1e4 or prices.max() < box * 0.999:
                 break
             box *= 8
-            prices, lowest = _lowest(np.array(planes), box)
+            prices, lowest, weights = _lowest(np.array(planes), box)
     height = np.array(planes) @ np.append(best, 1.0)
     order = np.argsort(-height, kind="stable")[:STARTS]
-    return Dual(best, bound, [chosen[k] for k in order])
+    return Dual(best, bound, [_mixed(chosen, weights), *(chosen[k] for k in order)])
 
 
-def _lowest(planes: np.ndarray, box: float) -> tuple[np.ndarray, float]:
-    """The prices, and the height there, at the lowest point on or above all planes."""
+def _mixed(chosen: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Each plane's choice in its share of the groups, evenly: near the budgets however much is tied."""
+    spread = (np.arange(len(chosen[0])) + 0.5) * (np.sqrt(5) - 1) / 2 % 1
+    plane = np.searchsorted(np.cumsum(weights)[:-1], spread)
+    mixed: np.ndarray = np.array(chosen[: len(weights)])[plane, np.arange(len(spread))]
+    return mixed
+
+
+def _lowest(planes: np.ndarray, box: float) -> tuple[np.ndarray, float, np.ndarray]:
+    """Prices and height of the lowest point on or above all planes; the share of each in holding it up."""
     from scipy.optimize import linprog
 
     count, size = planes.shape
@@ -68,7 +77,7 @@ def _lowest(planes: np.ndarray, box: float) -> tuple[np.ndarray, float]:
         method="highs",
     )
     point = np.asarray(solved.x)
-    return point[:-1], float(point[-1])
+    return point[:-1], float(point[-1]), -np.asarray(solved.ineqlin.marginals)
 
 
 def primal(table: Table, dual: Dual) -> np.ndarray | None:
@@ -81,14 +90,17 @@ def primal(table: Table, dual: Dual) -> np.ndarray | None:
         picks = exchanged(table, filled(table, picks, dual.prices), dual)
         if found is None or table.value(picks) > table.value(found):
             found = picks
-        if close(table.value(found), dual.bound):
+        if dual.bound - table.value(found) <= allowance(table.value(found)):
             break
     return found
 
 
-def close(value: float, bound: float) -> bool:
-    """Whether what may be missing is little against what is given up; both are shares of the top value."""
-    return bound - value <= TIGHT * (1 - value)
+def allowance(value: float) -> float:
+    """How much more would not be worth further time, next to what is kept and to what is given up.
+
+    In shares of the top value.
+    """
+    return TIGHT * max(min(value, 1 - value), 0) + 1e-6
 
 
 def _repaired(table: Table, picks: np.ndarray, prices: np.ndarray) -> np.ndarray | None:
@@ -135,7 +147,7 @@ def _ranked(table: Table, ratio: np.ndarray) -> np.ndarray:
 def exchanged(table: Table, picks: np.ndarray, dual: Dual) -> np.ndarray:
     """Single moves and pairs of them, the most gainful first, among those that cost least at the prices."""
     for _ in range(EXCHANGES):
-        if close(table.value(picks), dual.bound):
+        if dual.bound - table.value(picks) <= allowance(table.value(picks)):
             break
         gain, cost = table.moves(picks)
         loss = cost @ dual.prices - gain
