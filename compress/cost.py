@@ -54,31 +54,35 @@ def in_blocks(widths: np.ndarray, block: int) -> np.ndarray:
 @dataclass(frozen=True)
 class CostModel:
     """Cost of kept counts per class. full: units per class in the unpruned model, (classes,). latency: in
-    milliseconds on one target, None where it was not measured."""
+    milliseconds on one target, None where it was not measured; latency_ms: of the unpruned model."""
 
     macs: Products
     params: Products
     full: np.ndarray
     latency: Products | None = None
+    latency_ms: float = 1.0
 
     def ratio(self, kind: str, counts: np.ndarray) -> float:
         """Share that is left of `macs`, `params`, `units` or `latency` at class counts."""
         if kind == "units":
             return float(counts.sum() / max(self.full.sum(), 1))
-        products = self._of(kind)
-        return products.total(counts) / max(products.total(self.full), 1e-12)
+        products, whole = self._of(kind)
+        return products.total(counts) / whole
 
     def ratios(self, kind: str, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
         """`ratio` after narrowing one class at a time by `by`; shape (classes,)."""
         if kind == "units":
             return np.asarray((counts.sum() - by) / max(self.full.sum(), 1))
-        products = self._of(kind)
-        return products.narrowed(counts, by) / max(products.total(self.full), 1e-12)
+        products, whole = self._of(kind)
+        return products.narrowed(counts, by) / whole
 
-    def _of(self, kind: str) -> Products:
-        products = {"macs": self.macs, "params": self.params, "latency": self.latency}[kind]
-        assert products is not None, f"{kind} was not measured"
-        return products
+    def _of(self, kind: str) -> tuple[Products, float]:
+        """The products of a kind, and their total for the unpruned model."""
+        if kind == "latency":
+            assert self.latency is not None
+            return self.latency, self.latency_ms
+        products = {"macs": self.macs, "params": self.params}[kind]
+        return products, max(products.total(self.full), 1.0)
 
 
 @dataclass(frozen=True)

@@ -115,14 +115,9 @@ class LatencyModel:
             found[name] = found.get(name, 0.0) + float(ms)
         return found
 
-    def scaled(self, factor: float) -> LatencyModel:
-        """The model corrected by what a network near the wanted one really took."""
-        p = self.products
-        return replace(self, products=replace(p, factor=p.factor * factor ** (1 / p.power)))
-
     def added_to(self, cost: CostModel) -> CostModel:
         """A cost model that knows latency too."""
-        return replace(cost, latency=self.products)
+        return replace(cost, latency=self.products, latency_ms=self.original_ms)
 
 
 def fit(own: Sequence[Entry], others: Sequence[Entry], widths: Widths, block: int) -> LatencyModel:

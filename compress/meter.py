@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from compress import files
+from compress.aim import Place
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import ModelError
@@ -29,7 +30,6 @@ from compress.trace import GraphNet
 if TYPE_CHECKING:
     from deploy.latency_table import Entry, Row, Setting, Table
     from deploy.profile import Profile
-    from deploy.targets import Target
 
 NETWORKS = 8
 """Pruned networks that a model is fitted to; twice as many halve no error (docs/latency.md)."""
@@ -40,27 +40,17 @@ RUNS = 20
 Note = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where and how latency is measured: a target's runner in a precision, with threads, at a batch size."""
+def setting_of(place: Place) -> Setting:
+    """What makes latencies that are measured there comparable with others."""
+    from deploy import machine
+    from deploy.latency_table import Setting
 
-    target: Target
-    precision: str
-    threads: int
-    batch: int
-
-    def setting(self) -> Setting:
-        """What makes its latencies comparable with others."""
-        from deploy import machine
-        from deploy.latency_table import Setting
-
-        kind, gpus = self.target.runner, machine.gpus()
-        hardware = gpus[0]["name"] if self.target.gpu and gpus else machine.cpu_model()
-        library = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}.get(kind, "onnxruntime")
-        versions = machine.versions()
-        library = "torch" if kind.startswith("torch") else library
-        found = next((v for name, v in versions.items() if name.startswith(library)), "unknown")
-        return Setting(kind, found, hardware, self.precision, self.threads, self.batch)
+    kind, gpus, versions = place.target.runner, machine.gpus(), machine.versions()
+    hardware = gpus[0]["name"] if place.target.gpu and gpus else machine.cpu_model()
+    library = "torch" if kind.startswith("torch") else kind.partition("_")[0]
+    library = "tensorrt-rtx" if kind == "tensorrt_rtx" else library
+    found = next((v for name, v in versions.items() if name.startswith(library)), "unknown")
+    return Setting(kind, found, hardware, place.precision, place.threads, place.batch)
 
 
 class Meter:
@@ -80,15 +70,14 @@ class Meter:
         path: Path,
         *,
         block: int,
-        seed: int = 0,
         progress: Note = lambda done, of, text: None,
     ) -> None:
         from deploy import latency_table
 
         self.net, self.cmap, self.levels = copy.deepcopy(net).cpu().eval(), cmap, levels
         self.bench, self.path = _Bench(place, example), path
-        self.block, self.seed, self.progress = block, seed, progress
-        self.table: Table = latency_table.read(path, place.setting())
+        self.block, self.progress = block, progress
+        self.table: Table = latency_table.read(path, setting_of(place))
         self.model = fingerprint(self.net, cmap)
         self.widths: Widths = widths_of(cmap)
         self.full = class_counts(cmap, np.ones(cmap.units, dtype=bool))
@@ -97,13 +86,13 @@ class Meter:
 
     def calibrated(self) -> LatencyModel:
         """The model of this network, fitted to what the table has and, where that is not enough, to more."""
-        plans = [self.full, *designs(self.levels, NETWORKS, self.seed)]
-        missing = [counts for counts in plans if self.table.find(self.model, counts.tolist()) is None]
-        known = len(self.table.of(self.model))
-        if known <= NETWORKS:
-            for done, counts in enumerate(missing[: NETWORKS + 1 - known]):
-                self.progress(done, len(missing), "measuring networks of other widths")
-                self.measure(counts)
+        if len(self.table.of(self.model)) > NETWORKS:
+            with suppress(ModelError):  # measured when other layers could be narrowed
+                return self.fitted()
+        plans = [self.full, *designs(self.levels, NETWORKS)]
+        for done, counts in enumerate(plans):
+            self.progress(done, len(plans), "measuring networks of other widths")
+            self._kept(counts, None, self.table.entries)
         return self.fitted()
 
     def fitted(self) -> LatencyModel:
@@ -113,15 +102,16 @@ class Meter:
         own.sort(key=lambda entry: -sum(entry.counts))  # the unpruned network comes first
         return fit(own, others, self.widths, self.block)
 
-    def measure(self, counts: np.ndarray, keep: np.ndarray | None = None) -> Entry:
-        """The network with these counts, as the table has it or measured now.
+    def ratio(self, keep: np.ndarray) -> float:
+        """The share of the unpruned latency that the network of keep (units,) really has."""
+        return self._kept(class_counts(self.cmap, keep), keep, self.table.looks).ratio
 
-        keep: bool (units,), which units they are; the first of each class if not given.
-        """
+    def _kept(self, counts: np.ndarray, keep: np.ndarray | None, among: list[Entry]) -> Entry:
+        """The network with these counts, as the table has it or measured now."""
         known = self.table.find(self.model, counts.tolist())
         if known is None:
             known = self._measured(counts, keep)
-            self.table.entries.append(known)
+            among.append(known)
             files.write_json(self.path, self.table.as_dict())
         return known
 
@@ -188,10 +178,10 @@ class Meter:
         return tuple(rows)
 
 
-def designs(levels: Sequence[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
+def designs(levels: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
     """Widths of networks to measure: half of them narrow everywhere alike, half in each class by its own
     permutation of the same shares (a Latin hypercube), so that each pair of widths is seen far apart."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     alike = count // 2
     shares = np.linspace(NARROWEST, 0.9, alike)
     plans = [np.array([_nearest(own, share) for own in levels]) for share in shares]

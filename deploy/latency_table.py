@@ -70,27 +70,38 @@ class Entry:
 
 @dataclass
 class Table:
-    """Entries of one setting, in the order they were measured."""
+    """Entries of one setting, in the order they were measured. looks: at networks that a model fitted to the
+    entries had chosen; apart, so that the same entries give the same model again."""
 
     setting: Setting
     entries: list[Entry] = field(default_factory=list)
+    looks: list[Entry] = field(default_factory=list)
 
     def of(self, model: str) -> list[Entry]:
         """The entries of one architecture."""
         return [entry for entry in self.entries if entry.model == model]
 
     def find(self, model: str, counts: Sequence[int]) -> Entry | None:
-        """The entry of this very network."""
-        same = (e for e in self.entries if e.model == model and e.counts == tuple(counts))
-        return next(same, None)
+        """The measurement of this very network."""
+        known = (*self.entries, *self.looks)
+        return next((e for e in known if e.model == model and e.counts == tuple(counts)), None)
+
+    def add(self, other: Table) -> bool:
+        """Take over what another table of the same setting has more, looks among the entries."""
+        found = [*other.entries, *other.looks]
+        new = [entry for entry in found if self.find(entry.model, entry.counts) is None]
+        self.entries += new
+        return bool(new)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        entries = [
-            asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, round(r.ms, 6)] for r in entry.rows]}
-            for entry in self.entries
-        ]
-        return {"schema_version": SCHEMA_VERSION, "setting": asdict(self.setting), "entries": entries}
+        entries, looks = ([_plain(entry) for entry in own] for own in (self.entries, self.looks))
+        setting = asdict(self.setting)
+        return {"schema_version": SCHEMA_VERSION, "setting": setting, "entries": entries, "looks": looks}
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    return asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, round(r.ms, 6)] for r in entry.rows]}
 
 
 def read(path: Path, setting: Setting) -> Table:
@@ -107,14 +118,14 @@ def read(path: Path, setting: Setting) -> Table:
         if document["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version {document['schema_version']}")
         found = Setting(**document["setting"])
-        entries = [_entry(entry) for entry in document["entries"]]
+        entries, looks = ([_entry(entry) for entry in document[key]] for key in ("entries", "looks"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"is no table of latencies: {error}"
         raise ArtifactError(what, path.name, "delete it, and it is measured anew") from None
     if differs := setting.differs(found):
         fix = "give another file, or none: then it is measured here"
         raise MeasureError(f"was measured elsewhere: {differs}", path.name, fix)
-    return Table(setting, entries)
+    return Table(setting, entries, looks)
 
 
 def _entry(entry: Mapping[str, Any]) -> Entry:

@@ -23,6 +23,7 @@ MAY_DEPLOY |= {
     "earlier",
     "ci",
     "meter",
+    "budgeting",
     "latency",
     "handover",
 }
