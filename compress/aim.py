@@ -24,6 +24,8 @@ class Place:
 
 
 ON_CPU = ("torch", "torch_compile", "onnxruntime")
+UNTOLD = ("onnxruntime_cuda", "onnxruntime_tensorrt", "onnxruntime_nvtensorrtrtx")
+"""Runners that do not tell how long each layer takes, so that no latency can be modelled."""
 
 
 def target(config: Config) -> Target:
@@ -51,7 +53,7 @@ def aimed(config: Config) -> Config:
         "runner": gates.runner or (chosen.runner if chosen.runner in runners else runners[-1])
     }
     budget = _budget(config, filled["batches"])
-    limits = vars(chosen.budget) | _asked(budget, config.bench.target)
+    limits = vars(chosen.budget) | _asked(budget, config)
     for key, limit in limits.items():
         if limit is not None and key not in gates.model_fields_set:
             own[key] = limit
@@ -78,12 +80,17 @@ def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
     return config.budget.model_copy(update={"target": name, "batch": batch})
 
 
-def _asked(budget: BudgetConfig | None, target: str) -> dict[str, Any]:
-    """What the gates ask where the budget is for the target that is benched: the same, at the same batch."""
-    if budget is None or not budget.has_latency or budget.target != target:
+def _asked(budget: BudgetConfig | None, config: Config) -> dict[str, Any]:
+    """What the gates ask where the budget is for the target that is benched: the same, at the same batch.
+    What the target asks on its own besides still holds."""
+    if budget is None or not budget.has_latency or budget.target != config.bench.target:
         return {}
-    speedup = None if budget.latency_ratio is None else 1 / budget.latency_ratio
-    return {"batch": budget.batch, "latency_ms": budget.latency_ms, "speedup": speedup}
+    if config.gates.batch not in (None, budget.batch):
+        return {}
+    if budget.latency_ms is not None:
+        return {"batch": budget.batch, "latency_ms": budget.latency_ms}
+    assert budget.latency_ratio is not None
+    return {"batch": budget.batch, "speedup": 1 / budget.latency_ratio}
 
 
 def _runners(chosen: Target) -> list[str]:
@@ -107,43 +114,81 @@ def align(config: Config) -> int:
     """The multiple that kept channels must be of: as given, or by the target that they are to be fast on."""
     from deploy import targets
 
-    given = config.prune.align
+    given, budget = config.prune.align, config.budget
     if given != "auto":
         return given
-    return targets.resolve_align(place(config).target if _has_latency(config) else target(config))
+    own = budget.target if budget is not None and _has_latency(config) else None
+    return targets.resolve_align(target(config) if own is None else _target_of(own))
 
 
 def _has_latency(config: Config) -> bool:
     return config.budget is not None and config.budget.has_latency
 
 
+def _target_of(name: str) -> Target:
+    """The target of `budget.target`. Raises ConfigError for one that does not exist."""
+    from deploy import targets
+    from deploy.errors import MeasureError
+
+    try:
+        return targets.load(name)
+    except MeasureError as error:
+        where = error.where if name.endswith(".toml") else "budget.target"
+        raise ConfigError(error.what, where, error.fix) from None
+
+
 def place(config: Config) -> Place:
     """Where the budget's latency is measured. `config` is aimed."""
-    from deploy import targets
-
     budget, bench = config.budget, config.bench
     assert budget is not None
     assert budget.target is not None
     assert budget.batch is not None
-    chosen, same = targets.load(budget.target), budget.target == bench.target
+    chosen, same = _target_of(budget.target), budget.target == bench.target
     precision = bench.precision if same and bench.precision not in (None, "auto") else chosen.precision
     threads = (bench.threads if same else None) or chosen.threads
     return Place(chosen, str(precision), threads, budget.batch)
 
 
-def check(config: Config, *, here: bool) -> None:
-    """Raises where the target or a runner is unknown; here: or needs a device that this machine lacks."""
+def check(config: Config, *, here: bool, prunes: bool = False) -> None:
+    """Raises where a target or a runner is unknown; here: or needs a device that this machine lacks; prunes:
+    or the budget's does, as its latency is measured while pruning."""
     import torch
 
     from deploy import runners
 
-    for kind in aimed(config).bench.runners or ():
+    config = aimed(config)
+    _check_budget(config, prunes=prunes)
+    for kind in config.bench.runners or ():
         if kind not in runners.KINDS:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
         if here and kind not in ON_CPU and not torch.cuda.is_available():
             raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
     if here and torch.cuda.is_available():
-        chosen, found = target(config), torch.cuda.get_device_name()
-        if chosen.gpu.lower() not in found.lower():
-            what = f"the target {chosen.name} is for {chosen.gpu}, here is {found}"
-            raise TargetError(what, "bench.target", "measure it there, or take a target for this GPU")
+        _check_gpu(target(config), "bench.target")
+
+
+def _check_budget(config: Config, *, prunes: bool) -> None:
+    """Raises where the latency that a budget asks for cannot be measured; prunes: here."""
+    import torch
+
+    if not _has_latency(config):
+        return
+    chosen = place(config).target
+    if chosen.runner in UNTOLD:
+        fix = "take a target of ONNX Runtime on the CPU, TensorRT or torch"
+        raise ConfigError(f"{chosen.runner} does not tell how long each layer takes", "budget.target", fix)
+    if chosen.runner in ON_CPU or not prunes:
+        return
+    if not torch.cuda.is_available():
+        what = f"{chosen.name} needs a CUDA device: latency is measured while pruning"
+        raise TargetError(what, "budget.target", "prune where there is one; see compress doctor")
+    _check_gpu(chosen, "budget.target")
+
+
+def _check_gpu(chosen: Target, where: str) -> None:
+    import torch
+
+    found = torch.cuda.get_device_name()
+    if chosen.gpu.lower() not in found.lower():
+        what = f"the target {chosen.name} is for {chosen.gpu}, here is {found}"
+        raise TargetError(what, where, "measure it there, or take a target for this GPU")

@@ -224,5 +224,7 @@ def chosen(
             selection, where, ends = closed.selection, closed.where, closed.ends
             looks += closed.looks
         keep = selection.keep
-        if ends or selection.reached or not selection.removed:
+        if ends:
+            return keep, looks[-1].met, looks
+        if selection.reached or not selection.removed:
             return keep, selection.reached, looks
