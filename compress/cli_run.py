@@ -86,6 +86,20 @@ def bench_for(screen: Screen, config: str, overrides: Sequence[str], out: str | 
     return Answer({"bench": found}, show)
 
 
+def convert_for(
+    screen: Screen, config: str, overrides: Sequence[str], out: str | None, target: str
+) -> Answer:
+    """Make the files that another target than the config's needs."""
+    loaded, folder = load(config, overrides, out)
+    with screen.events("loading torch") as events:
+        from compress import pipeline as stages
+        from compress.variants import described
+
+        found = stages.convert_for(loaded, folder, target, events=events)
+    lines = [*map(described, found)] or [f"{target} runs the fp32 files"]
+    return Answer({"variants": found}, text="".join(f"{line}\n" for line in lines))
+
+
 def bring(config: str, overrides: Sequence[str], out: str | None, documents: Sequence[str]) -> None:
     """Put measurements of other machines into the run's folder."""
     from compress import pipeline as stages

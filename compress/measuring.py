@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def measure(work: Work) -> dict[str, Any]:
         "models": _hashes_of(work.run),
         "machine": machine.describe(),
         "choice": choice,
+        "variants": opener.variants,
         "engines": opener.engines,
         "latency": [],
         "speedup": [],
@@ -75,7 +76,7 @@ def _profile(opener: Opener, document: Mapping[str, Any], precision: str) -> dic
         artifacts: dict[str, Any] = {}
         for name in MODELS:
             runner = opener.open(opened, kind, name, precision) if kind in ENGINE_KINDS else None
-            artifacts[name] = (work.run / variants.file_name(name, precision), runner)
+            artifacts[name] = (opener.onnx(name, precision, kind), runner)
         return profiling.profile(work, document, artifacts)
 
 
@@ -190,13 +191,16 @@ def _stop_between(work: Work) -> None:
 # -- other targets ------------------------------------------------------------------------------------
 
 
+def aimed_at(work: Work, name: str) -> Work:
+    """The same run for another target than its config's."""
+    bench = BenchConfig(target=name, repeats=work.config.bench.repeats, seconds=work.config.bench.seconds)
+    other = aim.aimed(work.config.model_copy(update={"bench": bench}))
+    return replace(work, config=other)
+
+
 def measure_other(work: Work, name: str) -> dict[str, Any]:
     """Measure for another target than the config's, and keep the document in the run's folder."""
-    bench = BenchConfig(target=name, repeats=work.config.bench.repeats, seconds=work.config.bench.seconds)
-    other = Work(
-        aim.aimed(work.config.model_copy(update={"bench": bench})),
-        work.folder, work.run, work.events, work.should_stop, work.command,
-    )  # fmt: skip
+    other = aimed_at(work, name)
     aim.check(other.config, here=True)
     document = measure(other)
     keep(work.run, document)

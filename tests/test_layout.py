@@ -14,6 +14,7 @@ FILES = sorted(path for package in ("compress", "deploy") for path in (ROOT / pa
 MAY_DEPLOY = {"cli", "pipeline", "comparison", "doctor", "console", "inspection", "preview"}
 MAY_DEPLOY |= {
     "aim",
+    "further",
     "measuring",
     "opening",
     "profiling",

@@ -241,6 +241,19 @@ def test_several_targets_stand_in_one_table() -> None:
     assert "On every target" not in report.render(example()).html
 
 
+def test_files_that_only_another_target_timed_stand_among_the_precisions() -> None:
+    found = with_targets()
+    row = {"model": "dense", "precision": "int8", "bytes": 7000, "accuracy": {"value": 0.9}}
+    own, apart = row | {"file": "dense.int8.onnx"}, row | {"file": "variants/dense.int8-gpu.onnx"}
+    found |= {"variants": [own], "choice": {"why": {"int8": "the fastest inside, 1 ms"}}}
+    found["others"][0]["variants"] = [own | {"bytes": 1}, apart | {"accuracy": {"value": 0.8}}]
+    shown = [(line[0], line[3], line[4], line[-1]) for line in tables.precisions(found).rows]
+    assert shown == [
+        ("dense.int8.onnx", "7,000", "90.00\u00a0%", "the fastest inside, 1 ms"),
+        ("variants/dense.int8-gpu.onnx", "7,000", "80.00\u00a0%", ""),
+    ]
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
     return example()
