@@ -23,7 +23,7 @@ def target(config: Config) -> Target:
 def aimed(config: Config) -> Config:
     """The config with the target's values where it has none. The filled-in config is the config.
 
-    Raises ConfigError where a gate looks at what is not measured then.
+    Raises ConfigError where a gate looks at what is not measured then, or streams are asked of CPUs.
     """
     chosen = target(config)
     bench, gates = config.bench, config.gates
@@ -44,7 +44,15 @@ def aimed(config: Config) -> Config:
         update={"bench": bench.model_copy(update=filled), "gates": gates.model_copy(update=own)}
     )
     _check_gates(found)
+    if bench.streams is not None and not on_gpu(found):
+        what = f"streams are of GPUs, and {', '.join(runners)} run on the CPU"
+        raise ConfigError(what, "bench.streams", "set it to null, or bench on a GPU target")
     return found
+
+
+def on_gpu(config: Config) -> list[str]:
+    """Those of an aimed config's runners that need a GPU."""
+    return [kind for kind in config.bench.runners or () if kind not in ON_CPU]
 
 
 def _runners(chosen: Target) -> list[str]:

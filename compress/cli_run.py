@@ -82,6 +82,10 @@ def bench_for(screen: Screen, config: str, overrides: Sequence[str], out: str | 
             interval = f"{row['low']:.2f} to {row['high']:.2f}"
             where = f"{found['target']['name']}: {row['runner']} {row['precision']}, batch {row['batch']}"
             screen.out.print(f"{where}: {row['ratio']:.2f}x ({interval}), {row['verdict']}", highlight=False)
+        for row in found["streams"]:
+            where = f"{row['model']}, {row['runner']} {row['precision']}, batch {row['batch']}"
+            said = row["failure"] or f"{row['per_s']:,.0f} examples per second"
+            screen.out.print(f"{where}, {row['streams']} streams: {said}", highlight=False)
 
     return Answer({"bench": found}, show)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from compress.errors import ConfigError, IntegrityError, Interrupted
 from compress.opening import Opener
 from compress.steps import Done, Work, finite
 from compress.variants import MODELS
+from deploy import targets
 from deploy.runners import ENGINE_KINDS
 
 SCHEMA_VERSION = 1
@@ -63,11 +64,49 @@ def measure(work: Work) -> dict[str, Any]:
         "latency": [],
         "speedup": [],
         "overall": [],
+        "streams": [],
     }
     for number, (kind, batch) in enumerate(itertools.product(kinds, batches)):
         _add(document, opener, kind, batch, precision, (number, len(kinds) * len(batches)))
+    if bench.streams is not None:
+        gpus = [kind for kind in kinds if kind not in aim.ON_CPU]
+        document["streams"] = _streams(opener, gpus, precision)
     document["profile"] = _profile(opener, document, precision)
     return document
+
+
+def _streams(opener: Opener, kinds: Sequence[str], precision: str) -> list[dict[str, Any]]:
+    """Throughput of both models with `bench.streams` calls under way at once, after the latencies."""
+    bench = opener.work.config.bench
+    places = [*itertools.product(kinds, bench.batches or [1], MODELS)]
+    found = []
+    for number, (kind, batch, model) in enumerate(places):
+        opener.work.events.progress(
+            "bench", number, len(places), f"{kind}, batch {batch}, {bench.streams} streams"
+        )
+        _stop_between(opener.work)
+        own = "fp32" if kind.startswith("torch") else precision
+        found.append({"model": model, "precision": own, **_throughput(opener, kind, batch, model, own)})
+    return found
+
+
+def _throughput(opener: Opener, kind: str, batch: int, model: str, precision: str) -> dict[str, Any]:
+    """One row; failure: why it could not be measured, with null for every figure."""
+    from deploy import gpu_latency, parity, runners
+
+    work, count = opener.work, opener.work.config.bench.streams or 1
+    inputs = parity.normal_inputs(work.shapes, batch, work.config.seed)
+    with ExitStack() as opened:
+        several = opener.several(opened, kind, model, precision, count)
+        if any(runner.stream is None for runner in several):
+            why = "the runtime keeps its stream to itself, so its calls cannot overlap"
+            nothing = {"calls": None, "seconds": None, "per_s": None, "failure": why}
+            return {"runner": kind, "streams": count, "batch": batch, **nothing}
+        for runner in several:
+            runner.prepare(inputs)
+            runners.check_outputs(runner)
+        row = asdict(gpu_latency.throughput(several, batch, work.config.bench.seconds))
+    return row | {"failure": ""}
 
 
 def _profile(opener: Opener, document: Mapping[str, Any], precision: str) -> dict[str, Any] | None:
@@ -193,7 +232,9 @@ def _stop_between(work: Work) -> None:
 
 def aimed_at(work: Work, name: str) -> Work:
     """The same run for another target than its config's."""
-    bench = BenchConfig(target=name, repeats=work.config.bench.repeats, seconds=work.config.bench.seconds)
+    own, on_cpu = work.config.bench, targets.load(name).runner in aim.ON_CPU
+    streams = None if on_cpu else own.streams
+    bench = BenchConfig(target=name, repeats=own.repeats, seconds=own.seconds, streams=streams)
     other = aim.aimed(work.config.model_copy(update={"bench": bench}))
     return replace(work, config=other)
 

@@ -36,6 +36,18 @@ class Opener:
         Raises ConfigError where that precision cannot be made, RunnerError where the runner cannot run here
         or computes something else.
         """
+        runner = self._unchecked(opened, kind, model, precision)
+        if kind not in aim.ON_CPU:
+            onnx = self.onnx(model, precision, kind)
+            check_agreement(self.work, model, precision, onnx, runner)
+        return runner
+
+    def several(self, opened: ExitStack, kind: str, model: str, precision: str, count: int) -> list[Any]:
+        """So many of them, each with a stream and buffers of its own; the first speaks for all."""
+        first = self.open(opened, kind, model, precision)
+        return [first, *(self._unchecked(opened, kind, model, precision) for _ in range(count - 1))]
+
+    def _unchecked(self, opened: ExitStack, kind: str, model: str, precision: str) -> Any:
         from deploy import runners
 
         onnx, how = self.onnx(model, precision, kind), "fp32"
@@ -45,8 +57,6 @@ class Opener:
         artifact = self.work.load(model) if kind.startswith("torch") else path
         runner = runners.open_runner(kind, artifact, self.work.config.bench.threads or 1, precision=how)
         opened.callback(runner.close)  # in reverse order: they restore the thread count
-        if kind not in aim.ON_CPU:
-            check_agreement(self.work, model, precision, onnx, runner)
         return runner
 
     def onnx(self, model: str, precision: str, kind: str) -> Path:

@@ -108,6 +108,7 @@ def gather(work: Work) -> dict[str, Any]:
         "latency": bench["latency"],
         "speedup": bench["speedup"],
         "overall": bench["overall"],
+        "streams": bench.get("streams", []),
         "target": bench["target"],
         "choice": bench["choice"],
         "engines": bench["engines"],

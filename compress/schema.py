@@ -280,6 +280,9 @@ class BenchConfig(Section):
     runners: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None, description="what runs the model; null: PyTorch and the target's runner"
     )
+    streams: int | None = Field(
+        default=None, ge=1, le=64, description="CUDA streams to measure throughput with, apart; null: do not"
+    )
     engine: EngineConfig = Field(
         default_factory=EngineConfig, description="of TensorRT: {workspace_mib: 1024, builder_level: 5, ...}"
     )

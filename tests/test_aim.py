@@ -70,6 +70,17 @@ def test_gates_on_what_the_target_does_not_measure(text: str, said: str) -> None
     assert str(caught.value).startswith(said)
 
 
+def test_streams_are_of_gpus() -> None:
+    assert aim.aimed(read("bench: {target: h100, streams: 4}")).bench.streams == 4
+    assert aim.on_gpu(aim.aimed(read("bench: {target: h100}"))) == ["torch_cuda", "tensorrt"]
+    with pytest.raises(ConfigError) as caught:
+        aim.aimed(read("bench: {streams: 4}"))
+    assert str(caught.value) == (
+        "bench.streams: streams are of GPUs, and torch, onnxruntime run on the CPU; "
+        "set it to null, or bench on a GPU target"
+    )
+
+
 def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -114,6 +114,7 @@ DEFAULTS: dict[str, Any] = {
         "seconds": 1.0,
         "threads": None,
         "runners": None,
+        "streams": None,
         "engine": {
             "workspace_mib": None,
             "builder_level": None,

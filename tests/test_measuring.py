@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress import files, measuring
-from compress.errors import CompressError, ConfigError, IntegrityError
+from compress import aim, config, files, measuring
+from compress.errors import CompressError, ConfigError, IntegrityError, Interrupted
+from compress.opening import Opener
+from compress.steps import Work
+from deploy import gpu_latency
+from tests.cuda_doubles import FakeCuda
+from tests.pipelines import Silent
+from tests.runner_doubles import Staged
 
 
 @pytest.fixture
@@ -29,6 +36,52 @@ def document(run: Path, name: str = "h100") -> dict[str, Any]:
         "latency": [],
         "speedup": [],
     }
+
+
+class Doubles(Opener):
+    """Opens runners that compute nothing; those of ONNX Runtime have no stream."""
+
+    def several(self, opened: ExitStack, kind: str, model: str, precision: str, count: int) -> list[Any]:
+        cuda = FakeCuda()
+        runners = [Staged(cuda, compute=0.002 if model == "dense" else 0.004) for _ in range(count)]
+        for runner in runners if kind == "onnxruntime_cuda" else ():
+            runner.stream = None
+        self.asked = [*getattr(self, "asked", []), (kind, model, precision, count)]
+        return list(runners)
+
+
+def test_throughput_of_both_models_on_every_gpu_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_latency, "_cuda", lambda given: FakeCuda())
+    read = "version: 1\nmodel: {name: x:y, input_shape: [1, 4, 4]}\ndata: {name: mnist5k}\n"
+    own = aim.aimed(config.loads(read + "bench: {target: h100, batches: [2], streams: 3, seconds: 0.01}"))
+    work = Work(own, tmp_path, tmp_path, Silent(), lambda: False)
+    work.shapes = [[1, 4, 4]]
+    opener = Doubles(work)
+    rows = measuring._streams(opener, ["torch_cuda", "onnxruntime_cuda"], "int8")
+    assert opener.asked == [
+        (kind, model, precision, 3)
+        for kind, precision in (("torch_cuda", "fp32"), ("onnxruntime_cuda", "int8"))
+        for model in ("original", "dense")
+    ]
+    for row in rows[:2]:
+        assert (row["streams"], row["batch"], row["failure"]) == (3, 2, "")
+        assert row["per_s"] == pytest.approx(2 * row["calls"] / row["seconds"])
+        assert row["calls"] >= 3
+    why = "the runtime keeps its stream to itself, so its calls cannot overlap"
+    assert [(row["per_s"], row["failure"]) for row in rows[2:]] == [(None, why)] * 2
+    work.should_stop = lambda: True
+    with pytest.raises(Interrupted, match="stopped while measuring"):
+        measuring._streams(opener, ["torch_cuda"], "fp32")
+
+
+def test_another_target_measures_streams_where_it_has_a_gpu(tmp_path: Path) -> None:
+    read = "version: 1\nmodel: {name: x:y, input_shape: [1, 4, 4]}\ndata: {name: mnist5k}\n"
+    own = aim.aimed(config.loads(read + "bench: {target: h100, streams: 3}"))
+    work = Work(own, tmp_path, tmp_path, Silent(), lambda: False)
+    assert measuring.aimed_at(work, "l4-int8").config.bench.streams == 3
+    assert measuring.aimed_at(work, "cpu-ort").config.bench.streams is None
 
 
 def test_a_document_from_elsewhere_is_brought_in(run: Path, tmp_path: Path) -> None:

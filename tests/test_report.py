@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from deploy import charts, gate, report, tables
+from deploy import charts, gate, report, streams_view, tables
 from deploy.errors import MeasureError
 from deploy.values import NBSP, milliseconds, percent, points, significant, text, times, visible
 
@@ -252,6 +252,25 @@ def test_files_that_only_another_target_timed_stand_among_the_precisions() -> No
         ("dense.int8.onnx", "7,000", "90.00\u00a0%", "the fastest inside, 1 ms"),
         ("variants/dense.int8-gpu.onnx", "7,000", "80.00\u00a0%", ""),
     ]
+
+
+def test_throughput_stands_apart_from_latency() -> None:
+    found = with_targets()
+    assert "over several streams" not in report.render(found).html
+    row = {"runner": "tensorrt", "precision": "fp16", "batch": 32, "streams": 4, "failure": ""}
+    found["others"][0]["streams"] = [
+        row | {"model": "original", "per_s": 2000.0},
+        row | {"model": "dense", "per_s": 5000.0},
+        row | {"model": "dense", "runner": "onnxruntime_cuda", "per_s": None, "failure": "no <stream>"},
+    ]
+    assert streams_view.table(found).rows == (
+        ("h100-fp16", "tensorrt", "fp16", "32", "4", "2000", "5000", ""),
+        ("h100-fp16", "onnxruntime_cuda", "fp16", "32", "4", "not measured", "not measured", "no <stream>"),
+    )
+    pages = report.render(found)
+    for page in (pages.html, pages.markdown):
+        assert "Throughput over several streams" in page
+        assert "no &lt;stream&gt;" in page
 
 
 @pytest.fixture(scope="module")
