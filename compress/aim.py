@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from compress.config import Config
@@ -91,6 +92,9 @@ def check(config: Config, *, here: bool) -> None:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
         if here and kind not in ON_CPU and not torch.cuda.is_available():
             raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
+    if here and config.bench.engine.buffers == "pycuda" and importlib.util.find_spec("pycuda") is None:
+        fix = "pip install 'compress-release[pycuda]', or set it to torch"
+        raise TargetError("pycuda is not installed", "bench.engine.buffers", fix)
     if here and torch.cuda.is_available():
         chosen, found = target(config), torch.cuda.get_device_name()
         if chosen.gpu.lower() not in found.lower():

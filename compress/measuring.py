@@ -21,6 +21,7 @@ from compress import aim, files, profiling, variants
 from compress.config import BenchConfig
 from compress.errors import ConfigError, IntegrityError, Interrupted
 from compress.opening import Opener
+from compress.schema import EngineConfig
 from compress.steps import Done, Work, finite
 from compress.variants import MODELS
 from deploy import targets
@@ -234,7 +235,8 @@ def aimed_at(work: Work, name: str) -> Work:
     """The same run for another target than its config's."""
     own, on_cpu = work.config.bench, targets.load(name).runner in aim.ON_CPU
     streams = None if on_cpu else own.streams
-    bench = BenchConfig(target=name, repeats=own.repeats, seconds=own.seconds, streams=streams)
+    engine = EngineConfig(buffers=own.engine.buffers)  # how to build is a matter of the target
+    bench = BenchConfig(target=name, repeats=own.repeats, seconds=own.seconds, streams=streams, engine=engine)
     other = aim.aimed(work.config.model_copy(update={"bench": bench}))
     return replace(work, config=other)
 

@@ -55,7 +55,10 @@ class Opener:
         if kind not in ENGINE_KINDS and precision == "tf32":
             how = "tf32"
         artifact = self.work.load(model) if kind.startswith("torch") else path
-        runner = runners.open_runner(kind, artifact, self.work.config.bench.threads or 1, precision=how)
+        bench = self.work.config.bench
+        runner = runners.open_runner(
+            kind, artifact, bench.threads or 1, precision=how, buffers=bench.engine.buffers
+        )
         opened.callback(runner.close)  # in reverse order: they restore the thread count
         return runner
 
@@ -107,13 +110,16 @@ class Opener:
         bench = self.work.config.bench
         batches = sorted(bench.batches or [1])
         spread = (batches[0], batches[len(batches) // 2], batches[-1])
-        return EngineOptions(batches=spread, tf32=precision == "tf32", **bench.engine.model_dump())
+        return EngineOptions(
+            batches=spread, tf32=precision == "tf32", **bench.engine.model_dump(exclude={"buffers"})
+        )
 
     def _noted(self, path: Path, library: str, seconds: float | None) -> Path:
         name = path.relative_to(self.work.run).as_posix()
         if name not in [row["file"] for row in self.engines]:
             size = path.stat().st_size
-            self.engines.append({"file": name, "library": library, "bytes": size, "seconds": seconds})
+            row = {"file": name, "library": library, "bytes": size, "seconds": seconds}
+            self.engines.append(row | {"buffers": self.work.config.bench.engine.buffers})
         return path
 
 

@@ -248,7 +248,7 @@ class ExportConfig(Section):
 
 
 class EngineConfig(Section):
-    """How TensorRT and TensorRT-RTX build; null leaves it to them."""
+    """How TensorRT and TensorRT-RTX build (null leaves it to them) and run."""
 
     workspace_mib: Count | None = Field(default=None, description="most scratch memory, MiB")
     builder_level: int | None = Field(
@@ -258,6 +258,9 @@ class EngineConfig(Section):
     version_compatible: bool = Field(default=False, description="later versions of the library run it too")
     compute_capability: Name | None = Field(
         default=None, description='tensorrt_rtx: for this GPU, such as "8.9"'
+    )
+    buffers: Literal["torch", "pycuda"] = Field(
+        default="torch", description="whose memory and stream an engine runs with: torch, pycuda"
     )
 
 

@@ -121,6 +121,7 @@ DEFAULTS: dict[str, Any] = {
             "refit": False,
             "version_compatible": False,
             "compute_capability": None,
+            "buffers": "torch",
         },
     },
     "gates": {

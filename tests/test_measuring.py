@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from compress import aim, config, files, measuring
+from compress import aim, config, files, measuring, opening
 from compress.errors import CompressError, ConfigError, IntegrityError, Interrupted
 from compress.opening import Opener
 from compress.steps import Work
-from deploy import gpu_latency
+from deploy import gpu_latency, runners
 from tests.cuda_doubles import FakeCuda
 from tests.pipelines import Silent
 from tests.runner_doubles import Staged
+
+BASE = "version: 1\nmodel: {name: x:y, input_shape: [1, 4, 4]}\ndata: {name: mnist5k}\n"
 
 
 @pytest.fixture
@@ -54,8 +56,7 @@ def test_throughput_of_both_models_on_every_gpu_runner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_latency, "_cuda", lambda given: FakeCuda())
-    read = "version: 1\nmodel: {name: x:y, input_shape: [1, 4, 4]}\ndata: {name: mnist5k}\n"
-    own = aim.aimed(config.loads(read + "bench: {target: h100, batches: [2], streams: 3, seconds: 0.01}"))
+    own = aim.aimed(config.loads(BASE + "bench: {target: h100, batches: [2], streams: 3, seconds: 0.01}"))
     work = Work(own, tmp_path, tmp_path, Silent(), lambda: False)
     work.shapes = [[1, 4, 4]]
     opener = Doubles(work)
@@ -77,11 +78,33 @@ def test_throughput_of_both_models_on_every_gpu_runner(
 
 
 def test_another_target_measures_streams_where_it_has_a_gpu(tmp_path: Path) -> None:
-    read = "version: 1\nmodel: {name: x:y, input_shape: [1, 4, 4]}\ndata: {name: mnist5k}\n"
-    own = aim.aimed(config.loads(read + "bench: {target: h100, streams: 3}"))
+    engine = "engine: {buffers: pycuda, workspace_mib: 64}"
+    own = aim.aimed(config.loads(BASE + f"bench: {{target: h100, streams: 3, {engine}}}"))
     work = Work(own, tmp_path, tmp_path, Silent(), lambda: False)
-    assert measuring.aimed_at(work, "l4-int8").config.bench.streams == 3
+    other = measuring.aimed_at(work, "l4-int8").config.bench
+    assert (other.streams, other.engine.buffers, other.engine.workspace_mib) == (3, "pycuda", None)
     assert measuring.aimed_at(work, "cpu-ort").config.bench.streams is None
+
+
+def test_engines_get_the_buffers_that_the_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = aim.aimed(config.loads(BASE + "bench: {target: h100-fp32, engine: {buffers: pycuda, refit: true}}"))
+    (tmp_path / "dense.onnx").touch()
+    opener, asked = Opener(Work(own, tmp_path, tmp_path, Silent(), lambda: False)), []
+
+    def open_runner(kind: str, artifact: Path, threads: int, **given: Any) -> Staged:
+        asked.append((kind, artifact.name, threads, given))
+        return Staged(FakeCuda())
+
+    monkeypatch.setattr(opener, "engine", lambda kind, path, precision: path.with_suffix(".engine"))
+    monkeypatch.setattr(opening, "check_agreement", lambda *given: None)
+    monkeypatch.setattr(runners, "open_runner", open_runner)
+    with ExitStack() as opened:
+        assert len(opener.several(opened, "tensorrt", "dense", "fp32", 2)) == 2
+    assert asked == [("tensorrt", "dense.engine", 1, {"precision": "fp32", "buffers": "pycuda"})] * 2
+    options = opener._options("fp32")
+    assert (options.refit, options.batches) == (True, (1, 32, 256))
 
 
 def test_a_document_from_elsewhere_is_brought_in(run: Path, tmp_path: Path) -> None:
