@@ -324,7 +324,7 @@ def compare(
 ) -> Answer:  # fmt: skip
     """Compare two models: outputs, size and speed. Exits with 5 when the outputs differ.
 
-    A and B are .onnx, .pt2 or .graph.json files, or the folders of runs.
+    A and B are .onnx, .pt2, .graph.json or .engine files, or the folders of runs. An engine needs its GPU.
     """
     from compress.show import show_compare
 
