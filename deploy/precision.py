@@ -6,8 +6,6 @@ is a flag of the engine.
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploy import files
 from deploy.errors import ArtifactError, DeployError, ExportError, MeasureError
 from deploy.half import at_opset, halved
 from deploy.latency import MINIMUM_EFFECT
@@ -215,18 +214,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a temporary file beside `path`, renamed when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write(path, content)
     except OSError as error:
         raise ArtifactError(f"cannot be written: {error.strerror}", str(path), "check the folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
