@@ -63,6 +63,7 @@ def _origin(work: Work, model: str) -> dict[str, Any]:
     """What a further file depends on; the data are those of the run."""
     export = work.config.export
     return {
+        "data": work.read("train.json")["data"],
         "onnx": files.sha256(work.run / f"{model}.onnx"),
         "calibration_images": export.calibration_images,
         "keep_fp32": export.keep_fp32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import onnx
 import pytest
 
-from compress import aim, config, files, opening, pipeline, variants
+from compress import aim, config, files, measuring, opening, pipeline, variants
 from compress.errors import ConfigError
 from compress.schema import EngineConfig
 from compress.steps import Work
-from deploy import engines, targets, to_tensorrt
+from deploy import engines, runners, targets, to_tensorrt
 from deploy.errors import DeployError, RunnerError
 from deploy.runners import open_runner
 from tests.pipelines import Silent, start
@@ -250,6 +251,43 @@ def test_a_precision_that_the_runner_computes_wrongly_is_not_timed(converted: Pa
     said = "ONNX Runtime's CPU kernels compute fp8 pairs wrongly; measure it on the target"
     assert str(caught.value) == f"onnxruntime: {said}; take another precision or target"
     assert caught.value.exit_code == 6
+
+
+def test_a_bench_for_another_family_as_a_machine_with_a_gpu_does_it(
+    for_gpus: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines are really built; ONNX Runtime on the CPU stands in for what would run them."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are built with tensorrt-rtx-cu13")
+    shutil.copytree(for_gpus[0], tmp_path, dirs_exist_ok=True)
+    rtx = (targets.FOLDER / "rtx4090.toml").read_text().replace('"tensorrt"', '"tensorrt_rtx"')
+    (tmp_path / "rtx.toml").write_text(re.sub(r"batches = .*", "batches = [2]", rtx).replace("fp16", "int8"))
+    real, sources = runners.open_runner, []
+
+    def open_runner(kind: str, artifact: Any, threads: int = 1, **given: Any) -> Any:
+        if kind != "tensorrt_rtx":
+            return real(kind.removesuffix("_cuda"), artifact, threads)
+        sidecar = engines.read_sidecar(artifact)
+        (onnx_file,) = (p for p in run.rglob("*.onnx") if files.sha256(p) == sidecar["onnx"]["sha256"])
+        sources.append(onnx_file.relative_to(run).as_posix())
+        return real("onnxruntime", onnx_file, threads)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(runners, "open_runner", open_runner)
+    monkeypatch.setattr(aim, "check", lambda config, here: None)
+    monkeypatch.setattr(measuring, "_profile", lambda opener, document, precision: None)
+    own = config.load(tmp_path / "compress.yaml", ASKED)
+    found = pipeline.bench_for(own, tmp_path, str(tmp_path / "rtx.toml"), events=Silent())
+    files_of = {f"variants/{name}.int8-gpu.onnx" for name in variants.MODELS}
+    assert set(sources) == {*files_of, "original.onnx"}  # the original in fp32 takes its turns
+    assert {row["file"] for row in found["variants"]} == files_of
+    assert all(row["accuracy"]["n"] == 200 for row in found["variants"])
+    assert {row["file"] for row in found["engines"]} == {
+        f"engines/rtx/{name}.engine" for name in ("original.int8-gpu", "dense.int8-gpu", "original")
+    }
+    results = start(tmp_path, [*ASKED, "bench.precision=auto"], start="report").results
+    assert {row["file"] for row in results["variants"]} & files_of == set()
+    page = (run / "report.md").read_text()
+    assert "variants/dense.int8-gpu.onnx" in page
 
 
 def test_tensorrt_rtx_builds_from_the_file_that_is_for_it(
