@@ -86,6 +86,14 @@ def test_another_target_measures_streams_where_it_has_a_gpu(tmp_path: Path) -> N
     assert measuring.aimed_at(work, "cpu-ort").config.bench.streams is None
 
 
+def test_the_gates_of_the_own_target_do_not_stop_a_bench_for_another(tmp_path: Path) -> None:
+    gates = "gates: {speedup: 1.5, latency_ms: 9, runner: torch, batch: 32}"
+    own = aim.aimed(config.loads(BASE + f"bench: {{target: cpu-ort}}\n{gates}"))
+    other = measuring.aimed_at(Work(own, tmp_path, tmp_path, Silent(), lambda: False), "l4")
+    assert other.config.bench.runners == ["torch_cuda", "tensorrt"]
+    assert (other.config.gates.speedup, other.config.gates.batch) == (None, None)
+
+
 def test_engines_get_the_buffers_that_the_config_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
