@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.config import Config
 from compress.errors import ConfigError, TargetError, did_you_mean
 
 if TYPE_CHECKING:
+    from compress.schema import BudgetConfig
     from deploy.targets import Target
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how latency is measured: a target's runner in a precision, with threads, at a batch size."""
+
+    target: Target
+    precision: str
+    threads: int
+    batch: int
+
 
 ON_CPU = ("torch", "torch_compile", "onnxruntime")
 
@@ -38,11 +51,17 @@ def aimed(config: Config) -> Config:
     own: dict[str, Any] = {
         "runner": gates.runner or (chosen.runner if chosen.runner in runners else runners[-1])
     }
-    for key, limit in vars(chosen.budget).items():
+    budget = _budget(config, filled["batches"])
+    limits = vars(chosen.budget) | _asked(budget, config.bench.target)
+    for key, limit in limits.items():
         if limit is not None and key not in gates.model_fields_set:
             own[key] = limit
     found = config.model_copy(
-        update={"bench": bench.model_copy(update=filled), "gates": gates.model_copy(update=own)}
+        update={
+            "bench": bench.model_copy(update=filled),
+            "gates": gates.model_copy(update=own),
+            "budget": budget,
+        }
     )
     _check_gates(found)
     if bench.streams is not None and not on_gpu(found):
@@ -54,6 +73,26 @@ def aimed(config: Config) -> Config:
 def on_gpu(config: Config) -> list[str]:
     """Those of an aimed config's runners that need a GPU."""
     return [kind for kind in config.bench.runners or () if kind not in ON_CPU]
+
+
+def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
+    """The budget with its target and batch size."""
+    if config.budget is None or not config.budget.has_latency:
+        return config.budget
+    name = config.budget.target or config.bench.target
+    batch = config.budget.batch or config.gates.batch or max(batches)
+    if name == config.bench.target and batch not in batches:
+        what = f"this batch size is not measured, found {batch}"
+        raise ConfigError(what, "budget.batch", "add it to bench.batches")
+    return config.budget.model_copy(update={"target": name, "batch": batch})
+
+
+def _asked(budget: BudgetConfig | None, target: str) -> dict[str, Any]:
+    """What the gates ask where the budget is for the target that is benched: the same, at the same batch."""
+    if budget is None or not budget.has_latency or budget.target != target:
+        return {}
+    speedup = None if budget.latency_ratio is None else 1 / budget.latency_ratio
+    return {"batch": budget.batch, "latency_ms": budget.latency_ms, "speedup": speedup}
 
 
 def _runners(chosen: Target) -> list[str]:
@@ -74,11 +113,31 @@ def _check_gates(config: Config) -> None:
 
 
 def align(config: Config) -> int:
-    """The multiple that kept channels must be of: as given, or by the target."""
+    """The multiple that kept channels must be of: as given, or by the target that they are to be fast on."""
     from deploy import targets
 
     given = config.prune.align
-    return targets.resolve_align(target(config)) if given == "auto" else given
+    if given != "auto":
+        return given
+    return targets.resolve_align(place(config).target if _has_latency(config) else target(config))
+
+
+def _has_latency(config: Config) -> bool:
+    return config.budget is not None and config.budget.has_latency
+
+
+def place(config: Config) -> Place:
+    """Where the budget's latency is measured. `config` is aimed."""
+    from deploy import targets
+
+    budget, bench = config.budget, config.bench
+    assert budget is not None
+    assert budget.target is not None
+    assert budget.batch is not None
+    chosen, same = targets.load(budget.target), budget.target == bench.target
+    precision = bench.precision if same and bench.precision not in (None, "auto") else chosen.precision
+    threads = (bench.threads if same else None) or chosen.threads
+    return Place(chosen, str(precision), threads, budget.batch)
 
 
 def check(config: Config, *, here: bool) -> None:

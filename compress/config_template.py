@@ -22,12 +22,14 @@ _HEAD = """\
 # A line such as "# key: value" shows an option at its default: remove the "# " to change it.
 # Any value can also be set for one run: compress run --set prune.macs_ratio=0.4
 """
+_OFF = ("train", "budget")
 # Shown as live lines; all other keys are shown as comments at their defaults.
 _LIVE = {
     "model": ("name", "weights", "input_shape"),
     "data": ("name", "root", "batch_size"),
     "train": ("epochs", "lr"),
     "prune": ("macs_ratio",),
+    "budget": ("latency_ms",),
     "finetune": ("epochs", "lr"),
     "export": ("tolerance",),
     "bench": ("target",),
@@ -49,7 +51,7 @@ def render(given: Values, schema: str | None, recipe: str | None = None) -> str:
         if inner is None:
             value = {"version": 1, "recipe": recipe}.get(name, _default(Config, name))
             lines.append(_line("", name, value, _description(Config, name)))
-        elif name == "train" and name not in given:
+        elif name in _OFF and name not in given:
             lines += ["", _line("# ", name, None, _description(Config, name))]
         else:
             lines += ["", *_section(name, inner, given.get(name, {}), usual.get(name, {}))]

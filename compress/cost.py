@@ -16,52 +16,73 @@ from compress.channelmap import ChannelMap
 
 @dataclass(frozen=True)
 class Products:
-    """sum_t factor[t] * prod_j (base[t, j] + weight[t, j] . n) over class counts n.
+    """(sum_t factor[t] * prod_j w(base[t, j] + weight[t, j] . n)) ** power over class counts n.
 
-    factor (terms,), base (terms, j), weight (terms, j, classes).
+    factor (terms,), base (terms, j), weight (terms, j, classes). w rounds up to whole blocks of channels.
     """
 
     factor: np.ndarray
     base: np.ndarray
     weight: np.ndarray
+    block: int = 1
+    power: float = 1.0
 
     def terms(self, counts: np.ndarray) -> np.ndarray:
-        """Each term at class counts (classes,); shape (terms,)."""
-        value: np.ndarray = self.factor * (self.base + self.weight @ counts).prod(axis=1)
+        """Each term of the sum at class counts (classes,); shape (terms,)."""
+        value: np.ndarray = self.factor * self._blocks(self.base + self.weight @ counts).prod(axis=1)
         return value
 
     def narrowed(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """The sum after narrowing one class at a time by `by` (classes,); shape (classes,)."""
+        """The total after narrowing one class at a time by `by` (classes,); shape (classes,)."""
         widths = (self.base + self.weight @ counts)[..., None] - self.weight * by
-        value: np.ndarray = self.factor @ widths.prod(axis=1)
+        value: np.ndarray = (self.factor @ self._blocks(widths).prod(axis=1)) ** self.power
         return value
 
+    def _blocks(self, widths: np.ndarray) -> np.ndarray:
+        return widths if self.block == 1 else in_blocks(widths, self.block)
+
     def total(self, counts: np.ndarray) -> float:
-        """The sum at class counts (classes,)."""
-        return float(self.terms(counts).sum())
+        """The sum, to its power, at class counts (classes,)."""
+        return float(self.terms(counts).sum() ** self.power)
+
+
+def in_blocks(widths: np.ndarray, block: int) -> np.ndarray:
+    """Channels as a target computes them: more than a block are rounded up to whole ones."""
+    return np.where(widths > block, np.ceil(np.round(widths / block, 9)) * block, widths)
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Cost of kept counts per class. full: units per class in the unpruned model, (classes,)."""
+    """Cost of kept counts per class. full: units per class in the unpruned model, (classes,). latency: in
+    milliseconds on one target, None where it was not measured; latency_ms: of the unpruned model."""
 
     macs: Products
     params: Products
     full: np.ndarray
+    latency: Products | None = None
+    latency_ms: float = 1.0
 
     def ratio(self, kind: str, counts: np.ndarray) -> float:
-        """Share that is left of `macs`, `params` or `units` at class counts."""
+        """Share that is left of `macs`, `params`, `units` or `latency` at class counts."""
         if kind == "units":
             return float(counts.sum() / max(self.full.sum(), 1))
-        products = self.macs if kind == "macs" else self.params
-        return products.total(counts) / max(products.total(self.full), 1.0)
+        products, whole = self._of(kind)
+        return products.total(counts) / whole
 
     def ratios(self, kind: str, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
         """`ratio` after narrowing one class at a time by `by`; shape (classes,)."""
         if kind == "units":
             return np.asarray((counts.sum() - by) / max(self.full.sum(), 1))
-        products = self.macs if kind == "macs" else self.params
-        return products.narrowed(counts, by) / max(products.total(self.full), 1.0)
+        products, whole = self._of(kind)
+        return products.narrowed(counts, by) / whole
+
+    def _of(self, kind: str) -> tuple[Products, float]:
+        """The products of a kind, and their total for the unpruned model."""
+        if kind == "latency":
+            assert self.latency is not None
+            return self.latency, self.latency_ms
+        products = {"macs": self.macs, "params": self.params}[kind]
+        return products, max(products.total(self.full), 1.0)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from compress import checkpoint as disk
 from compress import distributed, seeds, shares
+from compress.budget import Look, close, corrected, narrow
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import Interrupted
 from compress.importance import scored
 from compress.scorers import scorer
-from compress.select import Space, remove
+from compress.select import Selection, Space, remove
 from compress.surgery import mask
 from compress.task import Task, move, train_shares
 from compress.trace import GraphNet, get_tensor
@@ -45,7 +46,8 @@ LOOKS = 10  # evaluations along the pruning when no tolerance asks for more
 class Step:
     """One removal. minibatches: trained before it. loss: mean over the minibatches that followed it.
 
-    accuracy: on the validation examples after those, None where it was not measured.
+    accuracy: on the validation examples after those, None where it was not measured. latency_ratio: by the
+    model of the target, None without a budget of latency.
     """
 
     step: int
@@ -55,12 +57,14 @@ class Step:
     params_ratio: float
     loss: float | None = None
     accuracy: float | None = None
+    latency_ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class Pruned:
     """masked: the trained network with removed units at zero. unmasked: the same with their reading
-    slices as they were when they left. keep: bool (units,). optimizer: state by parameter name."""
+    slices as they were when they left. keep: bool (units,). optimizer: state by parameter name. looks: at
+    the latency on the target, the last at this network; gap: the largest of a step's selection."""
 
     masked: GraphNet
     unmasked: GraphNet
@@ -70,11 +74,13 @@ class Pruned:
     stop_reason: str
     baseline: float | None
     optimizer: dict[str, dict[str, Tensor]]
+    looks: tuple[Look, ...] = ()
+    gap: float = 0.0
 
 
 @dataclass
 class _State:
-    """What changes from step to step, but for tensors."""
+    """What changes from step to step, but for tensors. ended: the last removal is done."""
 
     epoch: int = 1
     position: int = 0
@@ -84,6 +90,9 @@ class _State:
     stop_reason: str = ""
     reached: bool = False
     history: list[Step] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    gap: float = 0.0
+    ended: bool = False
 
 
 def prune(
@@ -99,12 +108,14 @@ def prune(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Step, float], None] = lambda step, target: None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    measure: Callable[[np.ndarray], float] | None = None,
 ) -> Pruned:
     """Prune `net` (trained in place) down to the target of `where`.
 
     A run that finds its own state in the folder `checkpoint` goes on from it and ends with the same
     weights as one that was never stopped. progress gets each step and the target ratio. Of several processes
-    the first writes and reports; all end with the same network.
+    the first writes and reports; all end with the same network. measure: with a budget of latency, the share
+    of the unpruned latency that the network of keep (units,) really has; asked before the last removal.
 
     Raises Interrupted when `should_stop` says so between two removals; DivergedError when the loss is
     not finite (the last good state stays in `checkpoint`).
@@ -113,7 +124,7 @@ def prune(
     net.to(place)
     shares.spread(net)
     with seeds.isolated(seeds.derive(seed, "prune"), place):
-        run = _Run(net, cmap, where, task, config, seed, place, checkpoint)
+        run = _Run(net, cmap, where, task, config, seed, place, checkpoint, measure)
         run.begin()
         while not run.state.stop_reason:
             if distributed.any_of(should_stop()):
@@ -144,7 +155,9 @@ class _Run:
         seed: int,
         device: torch.device,
         folder: Path | None,
+        measure: Callable[[np.ndarray], float] | None,
     ) -> None:
+        self.measure = measure
         self.net, self.cmap, self.where, self.task, self.config = net, cmap, where, task, config
         self.seed, self.device, self.folder = seed, device, folder
         self.keep = np.ones(cmap.units, dtype=bool)
@@ -191,8 +204,7 @@ class _Run:
     def _remove(self) -> None:
         if self._tolerances():
             self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy())
-        scores = distributed.from_main(self.scorer.scores())
-        chosen = remove(scores, self.keep, self.where, self.count)
+        chosen = self._chosen(distributed.from_main(self.scorer.scores()))
         if not chosen.removed:
             self.state.stop_reason = "every layer is at its least width"
             return
@@ -202,8 +214,25 @@ class _Run:
         counts, ratio = class_counts(self.cmap, self.keep), self.where.cost.ratio
         number, units = len(self.state.history) + 1, int(self.keep.sum())
         entry = Step(number, self.state.minibatches, units, ratio("macs", counts), ratio("params", counts))
+        if self.where.cost.latency is not None:
+            entry = replace(entry, latency_ratio=ratio("latency", counts))
         self.state.history.append(entry)
         self.state.reached = chosen.reached
+
+    def _chosen(self, scores: np.ndarray) -> Selection:
+        """What stays after the next removal."""
+        if not self.where.budgets:
+            return remove(scores, self.keep, self.where, self.count)
+        pace = self.count / self.cmap.units
+        if self.measure is None:
+            chosen = narrow(scores, self.keep, self.where, pace)
+        else:
+            found = close(scores, self.keep, self.where, pace, self.measure)
+            chosen, self.where = found.selection, found.where
+            self.state.looks += found.looks
+            self.state.ended = found.ends
+        self.state.gap = max(self.state.gap, chosen.gap)
+        return chosen
 
     def result(self) -> Pruned:
         unmasked = copy.deepcopy(self.net)
@@ -226,6 +255,8 @@ class _Run:
             s.stop_reason,
             s.baseline,
             {name: entry for name, entry in state.items() if entry},
+            tuple(s.looks),
+            s.gap,
         )
 
     def save(self) -> None:
@@ -260,10 +291,19 @@ class _Run:
         if "good_keep" in found.tensors:
             self.good = (disk.under(found.tensors, "good/"), found.tensors["good_keep"].numpy().copy())
         state = dict(found.state["state"])
-        self.state = _State(**{**state, "history": [Step(**entry) for entry in state["history"]]})
+        lists = {
+            "history": [Step(**e) for e in state["history"]],
+            "looks": [Look(**e) for e in state["looks"]],
+        }
+        self.state = _State(**{**state, **lists})
+        for look in self.state.looks:
+            self.where = corrected(self.where, look.measured / look.predicted)
 
     def _identity(self) -> str:
-        facts = [repr(self.config), repr(self.where.target), [level.tolist() for level in self.where.levels]]
+        latency = self.where.cost.latency
+        measured = None if latency is None else [latency.factor.tolist(), latency.power]
+        facts = [repr(self.config), repr(self.where.targets), [own.tolist() for own in self.where.levels]]
+        facts.append(repr(measured))
         digest = hashlib.sha256(
             json.dumps([facts, self.seed, self.task.name, self.task.fingerprint]).encode()
         )
@@ -332,11 +372,11 @@ class _Run:
         """Whether to evaluate after this removal: always under a tolerance, else about LOOKS times."""
         if self.state.reached or self.config.max_accuracy_drop is not None:
             return True
-        done = self.cmap.units - last.units_kept if self.where.target.kind == "units" else 0.0
         shares = {
             "macs": 1 - last.macs_ratio,
             "params": 1 - last.params_ratio,
-            "units": done / self.cmap.units,
+            "units": 1 - last.units_kept / self.cmap.units,
+            "latency": 1 - (last.latency_ratio or 1.0),
         }
         measured = sum(step.accuracy is not None for step in self.state.history)
         return shares[self.where.target.kind] / (1 - self.where.target.ratio) * LOOKS >= measured + 1
@@ -356,7 +396,16 @@ class _Run:
         elif rise is not None and first is not None and loss - first > rise:
             self._back(f"the loss rose from {first:.4f} to {loss:.4f}, more than max_loss_increase {rise:g}")
         elif self.state.reached:
-            self.state.stop_reason = "target met"
+            self.state.stop_reason = self._met()
+
+    def _met(self) -> str:
+        """How near the target is, where it was measured."""
+        if not self.state.ended:
+            return "target met"
+        look = self.state.looks[-1]
+        self.state.reached = look.near
+        said = f"{look.measured:.1%} of the original's latency measured, {look.asked:.1%} asked for"
+        return f"target met: {said}" if look.near else f"{said}: the widths allowed have nothing nearer"
 
     def _back(self, reason: str) -> None:
         """Undo the last removal: the network as it was right before it."""

@@ -237,10 +237,10 @@ def aimed_at(work: Work, name: str) -> Work:
     streams = None if on_cpu else own.streams
     engine = EngineConfig(buffers=own.engine.buffers)  # how to build is a matter of the target
     bench = BenchConfig(target=name, repeats=own.repeats, seconds=own.seconds, streams=streams, engine=engine)
-    # What is measured here is not judged: the gates are the own target's.
+    # What is measured here is not judged: the gates and the budget are the own target's.
     ungated = dict.fromkeys(("runner", "batch", "speedup", "latency_ms"))
     gates = work.config.gates.model_copy(update=ungated)
-    other = aim.aimed(work.config.model_copy(update={"bench": bench, "gates": gates}))
+    other = aim.aimed(work.config.model_copy(update={"bench": bench, "gates": gates, "budget": None}))
     return replace(work, config=other)
 
 

@@ -65,7 +65,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[Work], Done]] = {
 }
 SECTIONS: dict[str, tuple[str, ...]] = {
     "train": ("model", "data", "train", "seed", "device"),
-    "prune": ("prune", "data", "seed", "device"),
+    "prune": ("prune", "budget", "data", "seed", "device"),
     "finetune": ("finetune", "data", "seed", "device"),
     "export": ("export", "seed"),
     "convert": ("export",),

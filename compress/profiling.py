@@ -43,18 +43,9 @@ def profile(work: Work, document: Mapping[str, Any], artifacts: Mapping[str, Any
             macs=(before, after), measured_ms=measured,
         )  # fmt: skip
     else:
-        old, new = (_of_engine(file, runner, inputs) for file, runner in artifacts.values())
+        old, new = (
+            profilers.profile_engine(runner, file, inputs, runs=RUNS) for file, runner in artifacts.values()
+        )
         rows = profiles.compare(old, new, align=align, macs_before=before, macs_after=after)
         whole = profiles.document(old, new, rows, measured_ms=measured)
     return {"runner": kind, "batch": batch, **whole, "rows": [finite(row) for row in whole["rows"]]}
-
-
-def _of_engine(path: Any, runner: Any, inputs: Any) -> profiles.Profile:
-    import onnx
-
-    from deploy import profilers
-
-    runner.prepare(inputs)
-    runs, whole = runner.layer_times(profilers.WARM_UP_RUNS + RUNS)
-    graph = onnx.load(path, load_external_data=False).graph
-    return profilers.read_tensorrt(runs, whole, runner.layers(), graph)

@@ -229,6 +229,36 @@ class PruneConfig(Section):
         return self
 
 
+class BudgetConfig(Section):
+    """What the pruned model may cost, all at once, in place of prune's one ratio."""
+
+    latency_ms: Positive | None = Field(default=None, description="largest latency on the target")
+    latency_ratio: Ratio | None = Field(default=None, description="or: share of the original's latency")
+    macs_ratio: Ratio | None = Field(default=None, description="and: share of multiply-adds kept")
+    params_ratio: Ratio | None = Field(default=None, description="and: share of parameters kept")
+    target: Name | None = Field(default=None, description="where the latency is measured; null: bench.target")
+    batch: Count | None = Field(
+        default=None, description="at which batch size; null: gates.batch, or the largest of bench.batches"
+    )
+    table: Name | None = Field(
+        default=None, description="file of measured latencies, to share; null: in the user's cache"
+    )
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> BudgetConfig:
+        if self.latency_ms is not None and self.latency_ratio is not None:
+            raise fault("give only one of latency_ms and latency_ratio; found both", place=("latency_ratio",))
+        asked = (self.latency_ms, self.latency_ratio, self.macs_ratio, self.params_ratio)
+        if all(value is None for value in asked):
+            raise fault("must name a limit", "give latency_ms, latency_ratio, macs_ratio or params_ratio")
+        return self
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether something has to be measured."""
+        return self.latency_ms is not None or self.latency_ratio is not None
+
+
 class ExportConfig(Section):
     """The ONNX file."""
 
@@ -330,6 +360,9 @@ class Config(Section):
     prune: Annotated[PruneConfig, FilledIn] = Field(
         default_factory=PruneConfig, description="which channels leave, and how many"
     )
+    budget: BudgetConfig | None = Field(
+        default=None, description="{latency_ms: 2.0} and the like, in place of prune.macs_ratio"
+    )
     finetune: TrainConfig | None = Field(
         default_factory=TrainConfig, description="training after pruning; null skips it"
     )
@@ -353,6 +386,23 @@ class Config(Section):
     def _follow_the_recipe(cls, data: Any) -> Any:
         name = data.get("recipe") if isinstance(data, dict) else None
         return with_recipe(data, RECIPES[name]) if isinstance(name, str) and name in RECIPES else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target(cls, data: Any) -> Any:
+        prune = data.get("prune") if isinstance(data, dict) and data.get("budget") is not None else None
+        given = [ratio for ratio in RATIOS if isinstance(prune, dict) and prune.get(ratio) is not None]
+        if given:
+            what = f"there is a budget too, which takes the place of {given[0]}"
+            raise fault(what, "remove one of the two", place=("prune", given[0]))
+        return data
+
+    @model_validator(mode="after")
+    def _budget_goes_first(self) -> Config:
+        if self.budget is None or all(getattr(self.prune, ratio) is None for ratio in RATIOS):
+            return self
+        prune = self.prune.model_copy(update=dict.fromkeys(RATIOS))
+        return self.model_copy(update={"prune": prune})
 
     @model_validator(mode="after")
     def _channels_fit(self) -> Config:

@@ -18,14 +18,14 @@ from compress.errors import ModelError
 
 @dataclass(frozen=True)
 class Target:
-    """kind: macs, params or units; ratio: the share of it that is to stay, 0 < ratio < 1."""
+    """kind: macs, params, units or latency; ratio: the share of it that is to stay, 0 < ratio < 1."""
 
     kind: str
     ratio: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("macs", "params", "units"):
-            raise ValueError(f"unknown target {self.kind}: macs, params or units")
+        if self.kind not in ("macs", "params", "units", "latency"):
+            raise ValueError(f"unknown target {self.kind}: macs, params, units or latency")
         if not 0 < self.ratio < 1:
             raise ModelError(
                 f"{self.kind}_ratio is {self.ratio}", fix="give a share between 0 and 1, both excluded"
@@ -34,22 +34,31 @@ class Target:
 
 @dataclass(frozen=True)
 class Selection:
-    """keep: bool (units,). reached: whether the target is met. removed: units removed by this call."""
+    """keep: bool (units,). reached: whether the target is met. removed: units removed by this call. gap: the
+    share of the importance given up that a better choice might have kept, as far as it is known."""
 
     keep: np.ndarray
     reached: bool
     removed: int
+    gap: float = 0.0
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be chosen: allowed widths per class, ascending; cost; target; how steps are ranked."""
+    """What may be chosen: allowed widths per class, ascending; cost; target; how steps are ranked. budgets:
+    further targets, all to be met (`budget.py`); empty where one target is approached unit by unit."""
 
     cmap: ChannelMap
     cost: CostModel
     levels: tuple[np.ndarray, ...]
     target: Target
     per_cost: bool = True
+    budgets: tuple[Target, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """All that is to be met, the leading one first."""
+        return self.budgets or (self.target,)
 
 
 def space(
@@ -61,20 +70,29 @@ def space(
     min_keep: least share of each layer's channels that stays, at least one unit.
     Raises ModelError when nothing can be pruned or the target lies below the narrowest network.
     """
+    found = Space(cmap, cost_model(cmap), levels_of(cmap, align, min_keep), target, per_cost)
+    check_reachable(found, f"lower prune.min_keep ({min_keep:g}) or prune.align ({align})")
+    return found
+
+
+def levels_of(cmap: ChannelMap, align: int, min_keep: float) -> tuple[np.ndarray, ...]:
+    """The widths that each class may end at. Raises ModelError when nothing can be pruned."""
     if cmap.units == 0:
         raise ModelError(
             "the model has no prunable unit",
             fix="every channel is pinned: `compress inspect` lists why, by op and source line",
         )
-    model = cost_model(cmap)
-    levels = tuple(widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in cmap.members())
-    least = model.ratio(target.kind, np.array([level[0] for level in levels]))
-    if least > target.ratio:
-        raise ModelError(
-            f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least",
-            fix=f"lower prune.min_keep ({min_keep:g}) or prune.align ({align}), or shorten prune.keep",
-        )
-    return Space(cmap, model, levels, target, per_cost)
+    return tuple(widths(len(m), align, int(cmap.multiplicity[m].min()), min_keep) for m in cmap.members())
+
+
+def check_reachable(where: Space, fix: str) -> None:
+    """Raises ModelError where the narrowest network is above a target."""
+    narrowest = np.array([level[0] for level in where.levels])
+    for target in where.targets:
+        least = where.cost.ratio(target.kind, narrowest)
+        if least > target.ratio:
+            what = f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least"
+            raise ModelError(what, fix=f"{fix}, or shorten prune.keep")
 
 
 def widths(units: int, align: int, multiplicity: int, min_keep: float) -> np.ndarray:
@@ -95,7 +113,7 @@ def remove(scores: np.ndarray, keep: np.ndarray, where: Space, count: int | None
     """
     keep = keep.copy()
     counts = class_counts(where.cmap, keep)
-    order = _ascending(scores, keep, where.cmap)
+    order = ascending(scores, keep, where.cmap)
     removed = 0
     while not _met(where, counts) and (count is None or removed < count):
         moves = _moves(scores, counts, order, where)
@@ -139,7 +157,7 @@ def _after(counts: np.ndarray, move: _Move) -> np.ndarray:
     return after
 
 
-def _ascending(scores: np.ndarray, keep: np.ndarray, cmap: ChannelMap) -> list[np.ndarray]:
+def ascending(scores: np.ndarray, keep: np.ndarray, cmap: ChannelMap) -> list[np.ndarray]:
     """Kept units of each class, least important first (ties by position)."""
     kept = [own[keep[own]] for own in cmap.members()]
     return [m[np.argsort(scores[m], kind="stable")] for m in kept]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import aim, checkpoint, distributed, files, graphfile, seeds, shares
+from compress.budgeting import TABLE, Budgeted, budgeted
 from compress.channelmap import ChannelMap
 from compress.config import Config, TrainConfig
 from compress.cost import class_counts, cost_model, layers
@@ -317,27 +318,47 @@ def _prune(work: Work, traced: Traced) -> Done:
     config = work.config
     kept = kept_names(traced.net, config.model, config.prune.keep, work.whole)
     traced, cmap = labelled(traced, kept, config.prune)
-    where = choices(config.prune, cmap, work.align)
+    budget = _budgeted(work, traced, cmap)
+    where = choices(config.prune, cmap, work.align) if budget is None else budget.where
     started = datetime.now(UTC)
 
     def show(step: Step, target: float) -> None:
-        ratio = {"macs": step.macs_ratio, "params": step.params_ratio}.get(
-            where.target.kind, step.units_kept / cmap.units
-        )
+        ratio = {
+            "macs": step.macs_ratio,
+            "params": step.params_ratio,
+            "units": step.units_kept / cmap.units,
+            "latency": step.latency_ratio or 1.0,
+        }[where.target.kind]
         text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}"
+        if step.latency_ratio is not None:
+            text = f"latency {step.latency_ratio:.1%}  {text}"
         work.events.progress("prune", min(1 - ratio, 1 - target), 1 - target, text)
 
     pruned = prune_loop(
         traced.net, cmap, where, work.task, config.prune, seed=config.seed, device=work.device,
         checkpoint=work.checkpoint("prune"), should_stop=work.should_stop, progress=show,
+        measure=budget.measure if budget else None,
     )  # fmt: skip
     seconds = (datetime.now(UTC) - started).total_seconds()
-    return _write_pruned(work, cmap, where, pruned, seconds, [name for name, _ in traced.folded])
+    folded = [name for name, _ in traced.folded]
+    facts = None if budget is None else budget.as_dict(pruned.looks, pruned.gap)
+    return _write_pruned(work, cmap, where, pruned, {"seconds": seconds, "folded": folded, "budget": facts})
 
 
-def _write_pruned(
-    work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, seconds: float, folded: list[str]
-) -> Done:
+def _budgeted(work: Work, traced: Traced, cmap: ChannelMap) -> Budgeted | None:
+    """The config's budgets, measured where they ask for latency."""
+    if work.config.budget is None:
+        return None
+
+    def note(done: int, of: int, text: str) -> None:
+        work.events.progress("prune", done, of, text)
+
+    return budgeted(
+        work.config, traced.net, cmap, work.example(), run=work.run, folder=work.folder, progress=note
+    )
+
+
+def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, facts: dict[str, Any]) -> Done:
     dense, plan = cut(pruned.masked, cmap, pruned.keep)
     nets, inexact = (pruned.unmasked.cpu(), pruned.masked.cpu(), dense.cpu()), inexact_because(cmap)
     proof, whole = verify(*nets, work.example(), inexact=inexact), None
@@ -354,10 +375,12 @@ def _write_pruned(
                 "please report this model",
             )
     counts = class_counts(cmap, pruned.keep)
-    kind, align = where.target.kind, work.align
+    kind, value, align = where.target.kind, where.target.ratio, work.align
+    if kind == "latency":
+        value = facts["budget"]["latency"]["asked_ratio"]
     document = {
         "criterion": work.config.prune.criterion,
-        "target": {"kind": f"{kind}_ratio", "value": where.target.ratio},
+        "target": {"kind": f"{kind}_ratio", "value": value},
         "align": align,
         "reached": pruned.reached,
         "stop_reason": pruned.stop_reason,
@@ -366,19 +389,20 @@ def _write_pruned(
             "kept": int(pruned.keep.sum()),
             "pinned_channels": sum(p.channels for p in cmap.pinned),
         },
-        "seconds": seconds,
         "history": [asdict(step) for step in pruned.history],
         "cost": _costs(cmap, counts),
         "layers": [asdict(layer) for layer in layers(cmap, pruned.keep)],
         "pinned": pinned_rows(cmap),
-        "folded": folded,
         "verification": asdict(proof),
         "whole": None if whole is None else finite(asdict(whole)),
         "accuracy": work.test(dense),
+        **facts,
     }
     outputs = [*work.save(dense, "pruned"), work.write("plan.json", plan.to_json())]
     outputs.append(_write_optimizer(work, pruned.optimizer, plan))
     outputs.append(work.write("prune.json", document))
+    if facts["budget"] is not None and facts["budget"]["latency"] is not None:
+        outputs.append(TABLE)
     costs = _costs(cmap, counts)
     macs, params = (costs[kind]["after"] / costs[kind]["before"] for kind in ("macs", "params"))
     return Done(outputs, f"MACs {macs:.1%}, parameters {params:.1%} ({pruned.stop_reason})")

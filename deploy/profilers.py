@@ -342,6 +342,15 @@ def _tensors(value: Any) -> list[Any]:
     return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
+def profile_engine(runner: Any, onnx: Path, inputs: Sequence[Array], *, runs: int = 20) -> Profile:
+    """TensorRT's profiler on an open runner of an engine that was built from `onnx`."""
+    from onnx import load
+
+    runner.prepare(inputs)
+    times, whole = runner.layer_times(WARM_UP_RUNS + runs)
+    return read_tensorrt(times, whole, runner.layers(), load(onnx, load_external_data=False).graph)
+
+
 def read_tensorrt(
     runs: Sequence[Mapping[str, float]],
     run_ms: Sequence[float],

@@ -23,6 +23,9 @@ MAY_DEPLOY |= {
     "show",
     "earlier",
     "ci",
+    "meter",
+    "budgeting",
+    "latency",
     "handover",
 }
 CORE = ("trace", "labels", "rules", "layer_rules", "channelmap", "cost", "select", "plan", "surgery")

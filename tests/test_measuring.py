@@ -87,7 +87,8 @@ def test_another_target_measures_streams_where_it_has_a_gpu(tmp_path: Path) -> N
 
 
 def test_the_gates_of_the_own_target_do_not_stop_a_bench_for_another(tmp_path: Path) -> None:
-    gates = "gates: {speedup: 1.5, latency_ms: 9, runner: torch, batch: 32}"
+    gates = "gates: {speedup: 1.5, latency_ms: 9, runner: torch, batch: 32}\n"
+    gates += "budget: {target: l4, batch: 7, latency_ms: 9}"
     own = aim.aimed(config.loads(BASE + f"bench: {{target: cpu-ort}}\n{gates}"))
     other = measuring.aimed_at(Work(own, tmp_path, tmp_path, Silent(), lambda: False), "l4")
     assert other.config.bench.runners == ["torch_cuda", "tensorrt"]

@@ -1,0 +1,173 @@
+"""Selection under budgets: latency, MACs and parameters come down together, and the target has the last word.
+
+Each step is a knapsack (`knapsack.py`): of every class one of the widths that the target runs well, the most
+importance kept, every cost within its budget. Costs are sums of products of widths, so what a width saves
+depends on the others; it is taken as if they stayed, which a step of 2 % forgives, and the last step is
+repeated until the costs of the network itself are met. Then that network is measured, and where the model of
+its latency was wrong, the choice is made again with the model corrected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from compress.cost import CostModel, class_counts
+from compress.knapsack import Infeasible, choose
+from compress.select import Selection, Space, Target, ascending
+
+WITHIN = 0.03
+"""By how much a network may be faster than asked; slower it should not be."""
+AIM = 1 - WITHIN / 2
+"""What is aimed at, as a share of the latency asked for."""
+LOOKS = 5
+TRIES = 8
+
+
+@dataclass(frozen=True)
+class Look:
+    """One network that was measured: shares of the unpruned latency."""
+
+    asked: float
+    predicted: float
+    measured: float
+
+    @property
+    def fits(self) -> bool:
+        """As fast as asked, and hardly faster."""
+        return self.asked * (1 - WITHIN) <= self.measured <= self.asked
+
+    @property
+    def near(self) -> bool:
+        """Within WITHIN of what was asked."""
+        return abs(self.measured / self.asked - 1) <= WITHIN
+
+
+def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> Selection:
+    """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further.
+
+    scores: (units,), higher is more important; keep: bool (units,). reached: the budgets themselves are met.
+    """
+    counts = class_counts(where.cmap, keep)
+    goals = [replace(t, ratio=max(t.ratio, where.cost.ratio(t.kind, counts) - pace)) for t in where.targets]
+    order = ascending(scores, keep, where.cmap)
+    levels = [own[own <= n] for own, n in zip(where.levels, counts, strict=True)]
+    worth = [_worth(scores[units], own) for units, own in zip(order, levels, strict=True)]
+    costs = [_costs(where.cost, target.kind, counts, levels) for target in goals]
+    chosen, gap = _fitting(where.cost, counts, levels, worth, costs, goals)
+    kept = keep.copy()
+    for units, before, after in zip(order, counts, chosen, strict=True):
+        kept[units[: before - after]] = False
+    reached = all(where.cost.ratio(t.kind, chosen) <= t.ratio + 1e-9 for t in where.targets)
+    return Selection(kept, reached, int(keep.sum() - kept.sum()), gap)
+
+
+def _worth(ascending_scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """What a class keeps at each level: the sum of its most important units."""
+    total = np.concatenate(([0.0], np.cumsum(np.maximum(ascending_scores, 0)[::-1])))
+    return np.asarray(total[levels])
+
+
+def _costs(cost: CostModel, kind: str, counts: np.ndarray, levels: list[np.ndarray]) -> list[np.ndarray]:
+    """The share of the whole network's cost that is left with one class at each of its levels."""
+    longest = max(len(own) for own in levels)
+    found = [np.empty(len(own)) for own in levels]
+    for number in range(longest):
+        by = np.array([n - own[min(number, len(own) - 1)] for n, own in zip(counts, levels, strict=True)])
+        left = np.broadcast_to(cost.ratios(kind, counts, by), by.shape)
+        for group, own in enumerate(levels):
+            if number < len(own):
+                found[group][number] = left[group]
+    return found
+
+
+def _fitting(
+    cost: CostModel,
+    counts: np.ndarray,
+    levels: list[np.ndarray],
+    worth: list[np.ndarray],
+    costs: list[list[np.ndarray]],
+    goals: list[Target],
+) -> tuple[np.ndarray, float]:
+    """Counts whose own costs meet the goals, or the narrowest; and how far from the best they may be."""
+    now = np.array([cost.ratio(goal.kind, counts) for goal in goals])
+    least = np.array([[own[0] for own in costs[k]] for k in range(len(goals))])
+    spent = [np.stack([costs[k][g] - least[k][g] for k in range(len(goals))], 1) for g in range(len(counts))]
+    asked = np.array([goal.ratio for goal in goals])
+    aims = asked.copy()
+    narrowest = np.array([own[0] for own in levels])
+    for _ in range(TRIES):
+        budgets = aims - (now + (least - now[:, None]).sum(axis=1))
+        if (budgets < 0).any():
+            break
+        try:
+            found = choose(worth, [np.maximum(own, 0) for own in spent], budgets)
+        except (Infeasible, TimeoutError):
+            break
+        chosen = np.array([own[at] for own, at in zip(levels, found.levels, strict=True)])
+        over = np.array([cost.ratio(goal.kind, chosen) for goal in goals]) - asked
+        if (over <= 1e-9).all():
+            return chosen, found.loss_gap
+        aims = aims - np.maximum(over, 0)
+    return narrowest, 0.0
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A selection, the space with its latency model corrected, and the looks that this took. ends: the
+    selection is the last: as fast as asked, or as near to it as the widths allow."""
+
+    selection: Selection
+    where: Space
+    looks: tuple[Look, ...]
+    ends: bool
+
+    @property
+    def look(self) -> Look | None:
+        """At the network of the selection."""
+        return self.looks[-1] if self.ends and self.looks else None
+
+
+def close(
+    scores: np.ndarray, keep: np.ndarray, where: Space, pace: float, measure: Callable[[np.ndarray], float]
+) -> Closed:
+    """`narrow`, and where that ends the pruning, until the network that it ends with is as fast as asked.
+
+    measure: the share of the unpruned latency that the network of `keep` really has.
+    """
+    looks: list[Look] = []
+    tried: list[Selection] = []
+    while len(looks) < LOOKS:
+        chosen = narrow(scores, keep, where, pace)
+        if not chosen.reached or not chosen.removed:
+            return Closed(chosen, where, tuple(looks), ends=False)
+        if any((chosen.keep == other.keep).all() for other in tried):
+            break  # the widths allowed have nothing nearer
+        looks.append(_look(where, chosen, measure))
+        tried.append(chosen)
+        where = corrected(where, looks[-1].measured / looks[-1].predicted)
+        if looks[-1].fits:
+            break
+    best = min(range(len(looks)), key=lambda n: _miss(looks[n]))
+    rest = [look for number, look in enumerate(looks) if number != best]
+    return Closed(tried[best], where, (*rest, looks[best]), ends=True)
+
+
+def _look(where: Space, chosen: Selection, measure: Callable[[np.ndarray], float]) -> Look:
+    asked = next(target.ratio for target in where.targets if target.kind == "latency")
+    predicted = where.cost.ratio("latency", class_counts(where.cmap, chosen.keep))
+    return Look(asked / AIM, predicted, measure(chosen.keep))
+
+
+def _miss(look: Look) -> tuple[bool, float]:
+    return look.measured > look.asked * (1 + WITHIN), abs(look.measured / look.asked - AIM)
+
+
+def corrected(where: Space, factor: float) -> Space:
+    """Where networks take so many times what the model said; what the unpruned one takes stands."""
+    latency = where.cost.latency
+    assert latency is not None
+    scaled = replace(latency, factor=latency.factor * factor ** (1 / latency.power))
+    return replace(where, cost=replace(where.cost, latency=scaled))

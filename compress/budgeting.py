@@ -1,0 +1,228 @@
+"""A config's budgets for one network: what they ask of it, with its latency as measured on the target."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from compress import aim, distributed, files
+from compress.budget import AIM, Look, close, narrow
+from compress.channelmap import ChannelMap
+from compress.config import Config
+from compress.cost import cost_model
+from compress.errors import CompressError, ConfigError, ModelError
+from compress.latency import LatencyModel
+from compress.meter import Meter, Note, setting_of
+from compress.select import Space, Target, check_reachable, levels_of
+from compress.trace import GraphNet
+
+if TYPE_CHECKING:
+    from deploy.latency_table import Setting, Table
+
+TABLE = "latency.json"
+"""What a run measured while it pruned, in its folder."""
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """The space to choose from with its budgets; latency and meter where one of them is of latency."""
+
+    where: Space
+    latency: LatencyModel | None = None
+    meter: Meter | None = None
+
+    @property
+    def measure(self) -> Callable[[np.ndarray], float] | None:
+        """The share of the unpruned latency that a network really has, the same in all processes."""
+        meter = self.meter
+        if meter is None:
+            return None
+
+        def look(keep: np.ndarray) -> float:
+            ratio = meter.ratio(keep) if distributed.is_main() else 0.0
+            return float(distributed.from_main(np.array(ratio)))
+
+        return look
+
+    def as_dict(self, looks: tuple[Look, ...], gap: float) -> dict[str, Any]:
+        """For prune.json: what was asked for, what the model knew, what was measured."""
+        asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
+        document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
+        if self.latency is not None and self.meter is not None:
+            ratio = next(t.ratio for t in self.where.targets if t.kind == "latency") / AIM
+            place = self.meter.bench.place
+            document["latency"] = {
+                "target": place.target.name,
+                **asdict(self.meter.table.setting),
+                "original_ms": self.latency.original_ms,
+                "asked_ms": ratio * self.latency.original_ms,
+                "asked_ratio": ratio,
+                "model_error": self.latency.error if self.latency.error == self.latency.error else None,
+                "networks": self.latency.networks,
+                "looks": [asdict(look) | {"fits": look.fits} for look in looks],
+            }
+        return document
+
+
+def budgeted(
+    config: Config,
+    net: GraphNet,
+    cmap: ChannelMap,
+    example: tuple[Tensor, ...],
+    *,
+    run: Path | None,
+    folder: Path,
+    progress: Note = lambda done, of, text: None,
+) -> Budgeted:
+    """The budgets of an aimed config. run: where to keep what is measured, None to share it only.
+
+    Raises ModelError where a budget lies below the narrowest network, ConfigError where one asks for nothing.
+    """
+    budget = config.budget
+    assert budget is not None
+    levels = levels_of(cmap, aim.align(config), config.prune.min_keep)
+    given = (("macs", budget.macs_ratio), ("params", budget.params_ratio))
+    targets = [Target(kind, ratio) for kind, ratio in given if ratio is not None]
+    cost, found = cost_model(cmap), None
+    if budget.has_latency:
+        found = _measured(config, net, cmap, levels, example, run=run, folder=folder, progress=progress)
+        cost = found[1].added_to(cost)
+        targets.insert(0, Target("latency", _asked(config, found[1]) * AIM))
+    where = Space(cmap, cost, levels, targets[0], budgets=tuple(targets))
+    _check(where, config, found[1] if found else None)
+    return Budgeted(where) if found is None else Budgeted(where, found[1], found[0])
+
+
+def _asked(config: Config, latency: LatencyModel) -> float:
+    """The share of the unpruned latency that is asked for."""
+    budget = config.budget
+    assert budget is not None
+    if budget.latency_ratio is not None:
+        return budget.latency_ratio
+    assert budget.latency_ms is not None
+    ratio = budget.latency_ms / latency.original_ms
+    if ratio >= 1:
+        what = f"the model takes {latency.original_ms:.3g} ms on {budget.target} as it is"
+        raise ConfigError(what, "budget.latency_ms", f"ask for less than that, found {budget.latency_ms:g}")
+    return ratio
+
+
+def _check(where: Space, config: Config, latency: LatencyModel | None) -> None:
+    fix = f"lower prune.min_keep ({config.prune.min_keep:g}) or prune.align ({aim.align(config)})"
+    if latency is not None:
+        narrowest = np.array([own[0] for own in where.levels])
+        least, asked = latency.ms(narrowest), where.target.ratio / AIM * latency.original_ms
+        if least > asked * AIM:
+            what = (
+                f"{asked:.3g} ms cannot be reached: {least:.3g} ms is the least of {latency.original_ms:.3g}"
+            )
+            raise ModelError(what, "budget", f"{fix}, or shorten prune.keep")
+    check_reachable(where, fix)
+
+
+def _measured(
+    config: Config,
+    net: GraphNet,
+    cmap: ChannelMap,
+    levels: tuple[np.ndarray, ...],
+    example: tuple[Tensor, ...],
+    *,
+    run: Path | None,
+    folder: Path,
+    progress: Note,
+) -> tuple[Meter, LatencyModel]:
+    """The latency model of a network, from the run's own table, the shared one, or measured now."""
+    from deploy import latency_table, targets
+
+    place = aim.place(config)
+    setting = setting_of(place)
+    shared = _Shared.of(config, folder, setting)
+    path = shared.path if run is None else run / TABLE
+    if distributed.is_main() and run is not None:
+        _begin(path, shared.read(), setting)
+    distributed.barrier()
+    block = targets.resolve_align(place.target)
+    meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress)
+    if distributed.is_main():
+        meter.calibrated()
+        if run is not None:
+            shared.add(meter.table)
+    distributed.barrier()
+    meter.table = latency_table.read(path, setting)
+    return meter, meter.calibrated()
+
+
+def _begin(path: Path, shared: Table, setting: Setting) -> None:
+    """The run's own table: as it is, so that a run that goes on decides as before, else what is shared."""
+    from deploy import latency_table
+    from deploy.errors import DeployError
+
+    with suppress(DeployError):
+        if latency_table.read(path, setting).entries:
+            return
+    files.write_json(path, shared.as_dict())
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The file that runs share: the config's, else one for each setting in the user's cache, where a file
+    that cannot be read or written to is as good as none."""
+
+    path: Path
+    setting: Setting
+    is_cache: bool
+
+    @classmethod
+    def of(cls, config: Config, folder: Path, setting: Setting) -> _Shared:
+        budget = config.budget
+        if budget is not None and budget.table is not None:
+            return cls(folder / budget.table, setting, is_cache=False)
+        digest = hashlib.sha256(repr(setting).encode()).hexdigest()[:12]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        name = f"latency-{setting.runner}-{digest}.json"
+        return cls(cache / "compress" / name, setting, is_cache=True)
+
+    def read(self) -> Table:
+        from deploy import latency_table
+        from deploy.errors import DeployError
+
+        try:
+            return latency_table.read(self.path, self.setting)
+        except DeployError:
+            if not self.is_cache:
+                raise
+            return latency_table.Table(self.setting)
+
+    def add(self, table: Table) -> None:
+        """Leave what was measured to the next run."""
+        found = self.read()
+        if not found.add(table):
+            return
+        with suppress(CompressError) if self.is_cache else nullcontext():
+            files.write_json(self.path, found.as_dict())
+
+
+def chosen(
+    found: Budgeted, scores: np.ndarray, *, pace: float = 0.02
+) -> tuple[np.ndarray, bool, tuple[Look, ...]]:
+    """All steps to the budgets at once, without training: what is kept, whether it meets them, the looks."""
+    where, keep = found.where, np.ones(found.where.cmap.units, dtype=bool)
+    looks: tuple[Look, ...] = ()
+    while True:
+        if found.measure is None:
+            selection, ends = narrow(scores, keep, where, pace), False
+        else:
+            closed = close(scores, keep, where, pace, found.measure)
+            selection, where, ends = closed.selection, closed.where, closed.ends
+            looks += closed.looks
+        keep = selection.keep
+        if ends or selection.reached or not selection.removed:
+            return keep, selection.reached, looks
