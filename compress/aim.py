@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def target(config: Config) -> Target:
 def aimed(config: Config) -> Config:
     """The config with the target's values where it has none. The filled-in config is the config.
 
-    Raises ConfigError where a gate looks at what is not measured then.
+    Raises ConfigError where a gate looks at what is not measured then, or streams are asked of CPUs.
     """
     chosen = target(config)
     bench, gates = config.bench, config.gates
@@ -65,7 +66,15 @@ def aimed(config: Config) -> Config:
         }
     )
     _check_gates(found)
+    if bench.streams is not None and not on_gpu(found):
+        what = f"streams are of GPUs, and {', '.join(runners)} run on the CPU"
+        raise ConfigError(what, "bench.streams", "set it to null, or bench on a GPU target")
     return found
+
+
+def on_gpu(config: Config) -> list[str]:
+    """Those of an aimed config's runners that need a GPU."""
+    return [kind for kind in config.bench.runners or () if kind not in ON_CPU]
 
 
 def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
@@ -163,6 +172,9 @@ def check(config: Config, *, here: bool, prunes: bool = False) -> None:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
         if here and kind not in ON_CPU and not torch.cuda.is_available():
             raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
+    if here and config.bench.engine.buffers == "pycuda" and importlib.util.find_spec("pycuda") is None:
+        fix = "pip install 'compress-release[pycuda]', or set it to torch"
+        raise TargetError("pycuda is not installed", "bench.engine.buffers", fix)
     if here and torch.cuda.is_available():
         _check_gpu(target(config), "bench.target")
 

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress import aim, distributed, files, manifest, measuring, preview, variants
+from compress import aim, distributed, files, further, manifest, measuring, preview, variants
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
@@ -44,6 +44,7 @@ __all__ = [
     "bench_for",
     "bring",
     "compare",
+    "convert_for",
     "inspect",
     "look",
     "plan",
@@ -152,6 +153,14 @@ def bench_for(
     work = Work(config, folder, folder / config.out, events, should_stop)
     with files.lock(work.run):
         return measuring.measure_other(work, target)
+
+
+def convert_for(config: Config, folder: Path, target: str, *, events: Events) -> list[dict[str, Any]]:
+    """Make the files that another target needs of an exported run, where the data are; their rows."""
+    config = aim.aimed(config)
+    work = Work(config, folder, folder / config.out, events, lambda: False)
+    with files.lock(work.run):
+        return further.prepare(measuring.aimed_at(work, target))
 
 
 def bring(config: Config, folder: Path, documents: Sequence[Path]) -> None:

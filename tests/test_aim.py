@@ -70,6 +70,34 @@ def test_gates_on_what_the_target_does_not_measure(text: str, said: str) -> None
     assert str(caught.value).startswith(said)
 
 
+def test_pycuda_is_looked_for_before_engines_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(aim.importlib.util, "find_spec", lambda name: None)
+    asked = read("bench: {target: h100, engine: {buffers: pycuda}}")
+    aim.check(asked, here=False)
+    with pytest.raises(TargetError) as caught:
+        aim.check(asked, here=True)
+    assert str(caught.value) == (
+        "bench.engine.buffers: pycuda is not installed; "
+        "pip install 'compress-release[pycuda]', or set it to torch"
+    )
+    monkeypatch.setattr(aim.importlib.util, "find_spec", lambda name: name)
+    aim.check(asked, here=True)
+
+
+def test_streams_are_of_gpus() -> None:
+    assert aim.aimed(read("bench: {target: h100, streams: 4}")).bench.streams == 4
+    assert aim.on_gpu(aim.aimed(read("bench: {target: h100}"))) == ["torch_cuda", "tensorrt"]
+    with pytest.raises(ConfigError) as caught:
+        aim.aimed(read("bench: {streams: 4}"))
+    assert str(caught.value) == (
+        "bench.streams: streams are of GPUs, and torch, onnxruntime run on the CPU; "
+        "set it to null, or bench on a GPU target"
+    )
+
+
 def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

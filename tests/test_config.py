@@ -115,12 +115,14 @@ DEFAULTS: dict[str, Any] = {
         "seconds": 1.0,
         "threads": None,
         "runners": None,
+        "streams": None,
         "engine": {
             "workspace_mib": None,
             "builder_level": None,
             "refit": False,
             "version_compatible": False,
             "compute_capability": None,
+            "buffers": "torch",
         },
     },
     "gates": {
