@@ -33,8 +33,11 @@ class Infeasible(ValueError):
         self.least = least
         self.budgets = budgets
         self.together = bool((least <= budgets * (1 + OVERSPEND)).all())
-        pairs = ", ".join(f"{a:g} of {b:g}" for a, b in zip(least, budgets, strict=True))
-        super().__init__(f"no choice fits all budgets; least cost of each resource: {pairs}")
+        super().__init__(least, budgets)
+
+    def __str__(self) -> str:
+        pairs = ", ".join(f"{a:g} of {b:g}" for a, b in zip(self.least, self.budgets, strict=True))
+        return f"no choice fits all budgets; least cost of each resource: {pairs}"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def _whole(core: Table, most: int) -> tuple[np.ndarray, int] | None:
     """Costs and room as multiples of their common divisor, at most `most` of them."""
     raw = core.costs[:, 0] * core.unit[0]
     whole = np.rint(raw)
+    if core.unit[0] < 1:  # in this unit everything would be 0
+        return None
     if np.abs(raw - whole).max() > 1e-9 + 1e-12 * core.unit[0]:
         return None
     common = max(int(np.gcd.reduce(whole.astype(np.int64))), 1)
@@ -88,10 +91,11 @@ def _walked(core: Table, moves: np.ndarray, steps: np.ndarray, buckets: int) -> 
 
 def highs(table: Table, gap: float = 0.0, seconds: float | None = None, nodes: int | None = None) -> Solved:
     """HiGHS. It may overspend by its own tolerance; then it gets that much less and solves again."""
-    bound, limit = np.inf, 1.0
+    bound, limit, started = np.inf, 1.0, time.monotonic()
     for _ in range(3):
+        left = None if seconds is None else max(seconds - (time.monotonic() - started), 0.0)
         status, x, dual_bound = _milp(
-            table, limit, {"mip_rel_gap": gap, "time_limit": seconds, "node_limit": nodes}
+            table, limit, {"mip_rel_gap": gap, "time_limit": left, "node_limit": nodes}
         )
         if status == 2:
             return Solved(None, bound, proven_empty=limit == 1)
