@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from compress.knapsack_search import filled, repaired
 from compress.knapsack_table import Table
 
 CELLS = 20_000_000  # steps of one dynamic programme; its table of choices has no more entries
@@ -90,22 +91,35 @@ def _walked(core: Table, moves: np.ndarray, steps: np.ndarray, buckets: int) -> 
 
 
 def highs(table: Table, gap: float = 0.0, seconds: float | None = None, nodes: int | None = None) -> Solved:
-    """HiGHS. It may overspend by its own tolerance; then it gets that much less and solves again."""
+    """HiGHS. It may overspend by its own tolerance; then it gets that much less and solves again.
+
+    Where no time is left for that, its choice is made to fit as any other.
+    """
     bound, limit, started = np.inf, 1.0, time.monotonic()
+    fitted: np.ndarray | None = None
+    left = seconds
     for _ in range(3):
-        left = None if seconds is None else max(seconds - (time.monotonic() - started), 0.0)
-        status, x, dual_bound = _milp(
-            table, limit, {"mip_rel_gap": gap, "time_limit": left, "node_limit": nodes}
-        )
+        options = {"mip_rel_gap": gap, "time_limit": left, "node_limit": nodes}
+        status, x, dual_bound = _milp(table, limit, options)
         if status == 2:
-            return Solved(None, bound, proven_empty=limit == 1)
+            return Solved(fitted, bound, proven_empty=limit == 1)
         if limit == 1 and dual_bound is not None:
             bound = dual_bound
         picks = None if x is None else table.first(x)
         if picks is None or table.fits(picks):
-            return Solved(picks, bound)
+            return Solved(picks if fitted is None else _better(table, fitted, picks), bound)
+        prices = np.zeros(len(table.unit))
+        made = repaired(table, picks, prices)
+        fitted = fitted if made is None else _better(table, filled(table, made, prices), fitted)
+        left = None if seconds is None else seconds - (time.monotonic() - started)
+        if left is not None and left <= 0:
+            break
         limit -= 2 * (table.used(picks).max() - limit)
-    return Solved(None, bound)
+    return Solved(fitted, bound)
+
+
+def _better(table: Table, one: np.ndarray, other: np.ndarray | None) -> np.ndarray:
+    return one if other is None or table.value(one) >= table.value(other) else other
 
 
 def _milp(

@@ -89,7 +89,7 @@ def primal(table: Table, dual: Dual) -> np.ndarray | None:
     """The best that fits near the dual's choices; None where they cannot be made to fit."""
     found: np.ndarray | None = None
     for start in dual.picks:
-        picks = _repaired(table, start, dual.prices)
+        picks = repaired(table, start, dual.prices)
         if picks is None:
             continue
         picks = exchanged(table, filled(table, picks, dual.prices), dual)
@@ -108,7 +108,7 @@ def allowance(value: float) -> float:
     return TIGHT * max(min(value, 1 - value), 0) + 1e-6
 
 
-def _repaired(table: Table, picks: np.ndarray, prices: np.ndarray) -> np.ndarray | None:
+def repaired(table: Table, picks: np.ndarray, prices: np.ndarray) -> np.ndarray | None:
     """Moves with the least loss for what they relieve, all at once as far as needed; None: no way out."""
     while not table.fits(picks):
         used = table.used(picks)
