@@ -102,7 +102,7 @@ class Table:
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
-    return asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, round(r.ms, 6)] for r in entry.rows]}
+    return asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, r.ms] for r in entry.rows]}
 
 
 def read(path: Path, setting: Setting) -> Table:

@@ -74,7 +74,7 @@ def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("build", [Residual, Inverted, Multiplied])
+@pytest.mark.parametrize("build", [Residual, Inverted, pytest.param(Multiplied, marks=pytest.mark.slow)])
 def test_it_is_what_an_export_gives(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     wide, narrow = cut_by(build, 0)
     source, path = exported(wide, tmp_path / "wide.onnx"), tmp_path / "narrow.onnx"
@@ -93,14 +93,29 @@ def test_it_is_what_an_export_gives(build: Callable[[], nn.Module], tmp_path: Pa
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_its_own_widths_give_the_same_network(tmp_path: Path) -> None:
-    wide, _ = cut_by(Inverted, 0)
-    source = exported(wide, tmp_path / "wide.onnx")
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GraphNet, GraphNet]:
+    """An exported net, the net, and a narrower one."""
+    wide, narrow = cut_by(Residual, 0)
+    return exported(wide, tmp_path_factory.mktemp("residual") / "wide.onnx"), wide, narrow
+
+
+def test_its_own_widths_give_the_same_network(
+    residual: tuple[Path, GraphNet, GraphNet], tmp_path: Path
+) -> None:
+    source, wide, _ = residual
     assert resize(source, tmp_path / "same.onnx", shapes_of(wide))
     assert same_network(tmp_path / "same.onnx", source)
 
 
-@pytest.mark.parametrize("build", [lambda: cifar_resnet(8, 8), Block, Grouped])
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: cifar_resnet(8, 8), marks=pytest.mark.slow),
+        pytest.param(Block, marks=pytest.mark.slow),
+        Grouped,
+    ],
+)
 def test_where_it_is_not_sure_it_writes_nothing(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Padded shortcuts, weights that the exporter transposed, groups that may have left in two ways."""
     wide, narrow = cut_by(build, 1)
@@ -111,9 +126,9 @@ def test_where_it_is_not_sure_it_writes_nothing(build: Callable[[], nn.Module], 
     assert not path.exists()
 
 
-def test_shapes_that_do_not_fit_together(tmp_path: Path) -> None:
-    wide, narrow = cut_by(Residual, 0)
-    source, path = exported(wide, tmp_path / "wide.onnx"), tmp_path / "narrow.onnx"
+def test_shapes_that_do_not_fit_together(residual: tuple[Path, GraphNet, GraphNet], tmp_path: Path) -> None:
+    source, _, narrow = residual
+    path = tmp_path / "narrow.onnx"
     given = shapes_of(narrow)
     for changed in ({"head.weight": (5, 99)}, {"head.weight": (5,)}):
         assert not resize(source, path, given | changed)
@@ -122,9 +137,8 @@ def test_shapes_that_do_not_fit_together(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_difference_shows(tmp_path: Path) -> None:
-    wide, _ = cut_by(Residual, 0)
-    source = exported(wide, tmp_path / "wide.onnx")
+def test_a_difference_shows(residual: tuple[Path, GraphNet, GraphNet], tmp_path: Path) -> None:
+    source, _, _ = residual
     changed = onnx.load(source)
     conv = next(node for node in changed.graph.node if node.op_type == "Conv")
     next(entry for entry in conv.attribute if entry.name == "strides").ints[:] = [1, 1]
