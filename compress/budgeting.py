@@ -146,8 +146,10 @@ def _measured(
     setting = setting_of(place)
     shared = _Shared.of(config, folder, setting)
     path = shared.path if run is None else run / TABLE
-    if distributed.is_main() and run is not None:
-        _begin(path, shared.read(), setting)
+    if distributed.is_main():
+        known = shared.read()
+        if run is not None:
+            _begin(path, known, setting)
     distributed.barrier()
     block = targets.resolve_align(place.target)
     meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress)
@@ -199,6 +201,8 @@ class _Shared:
         except DeployError:
             if not self.is_cache:
                 raise
+            with suppress(OSError):
+                self.path.unlink()
             return latency_table.Table(self.setting)
 
     def add(self, table: Table) -> None:
