@@ -71,11 +71,17 @@ def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
     if config.budget is None or not config.budget.has_latency:
         return config.budget
     name = config.budget.target or config.bench.target
-    batch = config.budget.batch or config.gates.batch or max(batches)
+    batch = _batch(config, batches)
     if name == config.bench.target and batch not in batches:
         what = f"this batch size is not measured, found {batch}"
         raise ConfigError(what, "budget.batch", "add it to bench.batches")
     return config.budget.model_copy(update={"target": name, "batch": batch})
+
+
+def _batch(config: Config, batches: list[int]) -> int:
+    """The batch size at which latency counts most."""
+    given = None if config.budget is None else config.budget.batch
+    return given or config.gates.batch or max(batches)
 
 
 def _asked(budget: BudgetConfig | None, target: str) -> dict[str, Any]:
@@ -103,32 +109,32 @@ def _check_gates(config: Config) -> None:
         raise ConfigError(what, "gates.batch", "add it to bench.batches")
 
 
-def align(config: Config) -> int:
+def align(config: Config, at: Place | None = None) -> int:
     """The multiple that kept channels must be of: as given, or by the target that they are to be fast on."""
     from deploy import targets
 
     given = config.prune.align
     if given != "auto":
         return given
-    return targets.resolve_align(place(config).target if _has_latency(config) else target(config))
+    at = place(config) if at is None and _has_latency(config) else at
+    return targets.resolve_align(target(config) if at is None else at.target)
 
 
 def _has_latency(config: Config) -> bool:
     return config.budget is not None and config.budget.has_latency
 
 
-def place(config: Config) -> Place:
-    """Where the budget's latency is measured. `config` is aimed."""
+def place(config: Config, name: str = "") -> Place:
+    """Where latency is measured: on the target of this name, else on the budget's. `config` is aimed."""
     from deploy import targets
 
     budget, bench = config.budget, config.bench
-    assert budget is not None
-    assert budget.target is not None
-    assert budget.batch is not None
-    chosen, same = targets.load(budget.target), budget.target == bench.target
+    assert bench.batches is not None
+    name = name or (budget.target if budget is not None else None) or bench.target
+    chosen, same = targets.load(name), name == bench.target
     precision = bench.precision if same and bench.precision not in (None, "auto") else chosen.precision
     threads = (bench.threads if same else None) or chosen.threads
-    return Place(chosen, str(precision), threads, budget.batch)
+    return Place(chosen, str(precision), threads, _batch(config, bench.batches))
 
 
 def check(config: Config, *, here: bool) -> None:
@@ -140,10 +146,18 @@ def check(config: Config, *, here: bool) -> None:
     for kind in aimed(config).bench.runners or ():
         if kind not in runners.KINDS:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
-        if here and kind not in ON_CPU and not torch.cuda.is_available():
-            raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
+        if here:
+            check_device(kind, "bench.runners")
     if here and torch.cuda.is_available():
         chosen, found = target(config), torch.cuda.get_device_name()
         if chosen.gpu.lower() not in found.lower():
             what = f"the target {chosen.name} is for {chosen.gpu}, here is {found}"
             raise TargetError(what, "bench.target", "measure it there, or take a target for this GPU")
+
+
+def check_device(kind: str, where: str) -> None:
+    """Raises TargetError where a runner needs a device that this machine lacks."""
+    import torch
+
+    if kind not in ON_CPU and not torch.cuda.is_available():
+        raise TargetError(f"{kind} needs a CUDA device", where, "see compress doctor")
