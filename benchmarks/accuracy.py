@@ -37,7 +37,9 @@ PEER = ("taylor", "magnitude")
 PEER_NAME = "torch-pruning 1.6.1"
 
 
-def trajectory(net: Any, data: job.Data, criterion: str, seed: int) -> Iterator[tuple[float, Any]]:
+def trajectory(
+    net: Any, data: job.Data, criterion: str, seed: int, left: job.Goal
+) -> Iterator[tuple[float, Any]]:
     """Ours: `compress.prune` from point to point."""
     import torch
 
@@ -48,7 +50,7 @@ def trajectory(net: Any, data: job.Data, criterion: str, seed: int) -> Iterator[
 
     example, full = torch.zeros(2, 3, 32, 32), job.macs(net)
     units = channel_map(trace(net, (example,))).units
-    for number, point in enumerate(job.POINTS):
+    for number, point in enumerate(left.points):
         net, _ = compress.prune(
             net,
             example,
@@ -69,10 +71,10 @@ def measure(tool: str, criterion: str, seed: int, options: argparse.Namespace) -
     """Rows of one trajectory."""
     if tool == "compress":
         return job.rows(
-            trajectory, tool, criterion, seed, epochs=options.epochs, depth=options.depth, say=note
+            trajectory, tool, criterion, seed, epochs=options.epochs, model=options.model, say=note
         )
     script = str(Path(__file__).with_name("accuracy_peer.py"))
-    arguments = [criterion, str(seed), str(options.epochs), str(options.depth)]
+    arguments = [criterion, str(seed), str(options.epochs), options.model, "macs"]
     done = subprocess.run([options.peer_python, script, *arguments], stdout=subprocess.PIPE, check=True)
     return list(json.loads(done.stdout))
 
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--depth", type=int, default=20, choices=(20, 56))
+    parser.add_argument("--model", default="resnet20", choices=("resnet20", "resnet56"))
     parser.add_argument("--only", nargs="*", default=[], metavar="TOOL:CRITERION")
     options = parser.parse_args()
     runs = [("compress", c) for c in OURS]
@@ -123,7 +125,7 @@ def main() -> None:
     path = RESULTS / "accuracy.json"
     for seed in range(options.seeds):
         for tool, criterion in runs:
-            mine = (f"resnet{options.depth}", tool, criterion, seed)
+            mine = (options.model, tool, criterion, seed)
             known = _known(path)
             if options.only and f"{tool.split()[0]}:{criterion}" not in options.only:
                 continue

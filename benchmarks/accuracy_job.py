@@ -5,10 +5,15 @@ Plain torch only: the peer's environment imports it too.
 
 from __future__ import annotations
 
+import copy
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,9 +56,11 @@ class Block(nn.Module):
         return functional.relu(self.shortcut(x) + y)
 
 
-def network(depth: int) -> nn.Module:
-    """The pretrained CIFAR ResNet with convolutions for shortcuts: Torch-Pruning cannot prune padded ones."""
-    net: Any = cifar_nets.load(f"resnet{depth}")
+def network(name: str) -> nn.Module:
+    """One of `cifar_nets`; ResNets with convolutions as shortcuts: Torch-Pruning cannot prune padded ones."""
+    net: Any = cifar_nets.load(name)
+    if not name.startswith("resnet"):
+        return net  # type: ignore[no-any-return]  # a net by any name
     for stage in (net.layer1, net.layer2, net.layer3):
         for number, block in enumerate(stage):
             stage[number] = Block(block)
@@ -151,32 +158,81 @@ def endless(data: Data) -> Iterator[tuple[Tensor, Tensor]]:
         yield from data.epoch(epoch)
 
 
-Trajectory = Callable[[nn.Module, Data, str, int], Iterator[tuple[float, nn.Module]]]
-"""(network, data, criterion, seed): at every point of POINTS a network that may be trained on."""
+class MacsLeft:
+    """What is asked of a pruned network: shares of the MACs, one after the other in one trajectory."""
+
+    name, points = "macs_ratio", POINTS
+
+    def __init__(self, original: nn.Module) -> None:
+        self.full = macs(original)
+
+    def __call__(self, net: nn.Module) -> float:
+        return macs(net) / self.full
+
+    def sure(self, net: nn.Module) -> float:
+        """As it is reported."""
+        return self(net)
+
+
+class LatencyLeft:
+    """A share of the latency in ONNX Runtime, one thread, one image, measured in turns with the original."""
+
+    name, points = "latency_ratio", (0.75, 0.5, 0.35)
+
+    def __init__(self, original: nn.Module) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.original = self._exported(original, "original")
+
+    def _exported(self, net: nn.Module, name: str) -> Path:
+        from deploy.to_onnx import export
+
+        path = Path(self.folder.name, f"{name}.onnx")
+        export(copy.deepcopy(net).eval(), torch.zeros(2, 3, 32, 32), path)
+        return path
+
+    def __call__(self, net: nn.Module, repeats: int = 8, seconds: float = 0.4) -> float:
+        from deploy.latency import measure
+        from deploy.runners import open_runner
+
+        paths = {"original": self.original, "pruned": self._exported(net, "pruned")}
+        runners = {name: open_runner("onnxruntime", path, 1) for name, path in paths.items()}
+        found = measure(runners, [[3, 32, 32]], 1, repeats, seconds)
+        for runner in runners.values():
+            runner.close()
+        # The lower quartile: what else runs on the machine counts for little.
+        before, after = (float(np.quantile(np.concatenate(r.repeats_ms), 0.25)) for r in found.latency)
+        return after / before
+
+    def sure(self, net: nn.Module) -> float:
+        """As it is reported."""
+        return self(net, 15, 2.0)
+
+
+Goal = MacsLeft | LatencyLeft
+Trajectory = Callable[[nn.Module, Data, str, int, Goal], Iterator[tuple[float, nn.Module]]]
+"""(network, data, criterion, seed, goal): at every point of the goal a network that may be trained on."""
 
 
 def rows(
-    trajectory: Trajectory, tool: str, criterion: str, seed: int, *, epochs: int, depth: int = 20,
-    say: Callable[[str], None] = print,
+    trajectory: Trajectory, tool: str, criterion: str, seed: int, *, epochs: int, model: str = "resnet20",
+    goal: type[Goal] = MacsLeft, say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Prune once, and at every point fine-tune a copy and measure it."""
-    import copy
-    import time
-
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    net, data, found = network(depth), Data(seed), []
-    full, started = macs(net), time.monotonic()
-    for point, pruned in trajectory(net, data, criterion, seed):
+    net, data, found = network(model), Data(seed), []
+    full, started, left = macs(net), time.monotonic(), goal(net)
+    for point, pruned in trajectory(net, data, criterion, seed, left):
         seconds = time.monotonic() - started
         tuned = copy.deepcopy(pruned)
         before = data.accuracy(tuned)
         finetune(tuned, data, epochs)
         row = {
-            "model": f"resnet{depth}", "tool": tool, "criterion": criterion, "seed": seed, "epochs": epochs,
+            "model": model, "tool": tool, "criterion": criterion, "seed": seed, "epochs": epochs,
             "target": round(point, 4), "macs_ratio": round(macs(tuned) / full, 4), "before": before,
             "accuracy": data.accuracy(tuned), "prune_seconds": round(seconds, 1),
         }  # fmt: skip
+        row[left.name] = round(left.sure(tuned), 4)
         say(str(row))
         found.append(row)
         started = time.monotonic() - seconds

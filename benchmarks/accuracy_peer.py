@@ -1,6 +1,6 @@
-"""Torch-Pruning's trajectory for `accuracy.py`, run in an environment that has it.
+"""Torch-Pruning's trajectory for `accuracy.py` and `latency_accuracy.py`, in an environment that has it.
 
-PEER_PYTHON benchmarks/accuracy_peer.py CRITERION SEED EPOCHS DEPTH
+PEER_PYTHON benchmarks/accuracy_peer.py CRITERION SEED EPOCHS MODEL macs|latency
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks import accuracy_job as job
 
 
 def trajectory(
-    net: nn.Module, data: job.Data, criterion: str, seed: int
+    net: nn.Module, data: job.Data, criterion: str, seed: int, left: job.Goal
 ) -> Iterator[tuple[float, nn.Module]]:
     """Its global pruner, one share of the channels at a time, between the minibatches that ours trains on.
 
@@ -41,9 +41,9 @@ def trajectory(
         pruning_ratio=1.0,
         iterative_steps=round(1 / job.STEP_SHARE),
         max_pruning_ratio=1 - job.MIN_KEEP,
-        ignored_layers=[net.linear],
+        ignored_layers=[m for m in net.modules() if isinstance(m, nn.Linear)],
     )
-    batches, full, points = job.endless(data), job.macs(net), list(job.POINTS)
+    batches, points = job.endless(data), list(left.points)
     while points:
         optimizer = torch.optim.SGD(net.parameters(), **job.PRUNE)
         net.train()
@@ -55,19 +55,20 @@ def trajectory(
             for name, p in net.named_parameters():
                 sums[name] = sums.get(name, 0) + p.grad
             optimizer.step()
-        if job.macs(net) / full <= points[0]:
+        if left(net) <= points[0]:
             yield points.pop(0), net
             continue
+        net.train()
         for name, p in net.named_parameters():
             p.grad = sums[name]
         pruner.step()
 
 
 def main() -> None:
-    criterion, seed, epochs, depth = sys.argv[1:]
+    criterion, seed, epochs, model, kind = sys.argv[1:]
     found = job.rows(
-        trajectory, "torch-pruning 1.6.1", criterion, int(seed), epochs=int(epochs), depth=int(depth),
-        say=lambda text: None,
+        trajectory, "torch-pruning 1.6.1", criterion, int(seed), epochs=int(epochs), model=model,
+        goal={"macs": job.MacsLeft, "latency": job.LatencyLeft}[kind], say=lambda text: None,
     )  # fmt: skip
     sys.stdout.write(json.dumps(found))
 

@@ -21,17 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import imagenet_nets
 from benchmarks.common import RESULTS, note, write
+from benchmarks.imagenet_nets import SHAPE
 
-MODELS = {
-    "resnet18": "classification",
-    "resnet50": "classification",
-    "mobilenet_v3_large": "classification",
-    "efficientnet_b0": "classification",
-    "vit_tiny_patch16_224": "timm",
-}
 PRECISIONS = ("fp32", "int8")
-SHAPE = (3, 224, 224)
 TARGET = 0.5  # share of the MACs that is to stay
 REACHED = 0.8  # share of 1 / macs_ratio below which a row needs an explanation
 CALIBRATION_BATCHES = 4
@@ -43,29 +37,17 @@ RESULT = "ort_speedup"
 def pruned(name: str, align: int) -> tuple[Any, Any, float]:
     """(original, dense, macs_ratio): both as graphs in eval mode."""
     import numpy as np
-    import torch
 
-    from benchmarks import zoo_models
-    from benchmarks.zoo_row import taylor
-    from compress.channelmap import channel_map
     from compress.cost import class_counts, cost_model
-    from compress.folding import folded
     from compress.select import Target, remove, space
     from compress.surgery import cut
-    from compress.trace import trace
 
-    torch.manual_seed(0)
-    model = zoo_models.build(zoo_models.Spec(MODELS[name], name))
-    x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    zoo_models.randomise(model)
-    zoo_models.calibrate(model, (x,))
-    traced = folded(trace(model, (x,)))
-    cmap = channel_map(traced)
+    net, cmap, scores, _ = imagenet_nets.scored(name)
     where = space(cmap, Target("macs", TARGET), align=align)
-    keep = remove(taylor(traced, cmap), np.ones(cmap.units, dtype=bool), where).keep
-    dense, _ = cut(traced.net, cmap, keep)
+    keep = remove(scores, np.ones(cmap.units, dtype=bool), where).keep
+    dense, _ = cut(net, cmap, keep)
     ratio = cost_model(cmap).ratio("macs", class_counts(cmap, keep))
-    return traced.net.eval(), dense.eval(), float(ratio)
+    return net, dense.eval(), float(ratio)
 
 
 @contextlib.contextmanager
@@ -192,7 +174,7 @@ def main() -> None:
     from deploy.targets import load, resolve_align
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("models", nargs="*", default=list(imagenet_nets.MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=10)

@@ -13,8 +13,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from compress import distributed, graphfile, shares
+from compress import aim, distributed, graphfile, shares
+from compress.budget import Look
+from compress.budgeting import Budgeted, budgeted
 from compress.channelmap import ChannelMap, PinnedChannels
+from compress.config import BenchConfig, BudgetConfig, Config, GatesConfig
 from compress.config_faults import translate
 from compress.cost import Layer, class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
@@ -42,7 +45,7 @@ class Result:
     """What a pruning did. macs and params: (before, after), of the part where there is one; one
     multiply-add is one MAC. unreached: parameters that no eval-mode computation reads. folded: weights that
     the model computes and that are plain parameters of the dense one. whole: the proof for the model around
-    the part, None where all of it is pruned.
+    the part, None where all of it is pruned. looks: at the latency on the target, the last at this model.
     """
 
     plan: Plan
@@ -57,6 +60,7 @@ class Result:
     folded: tuple[str, ...]
     verification: Verification
     whole: Verification | None = None
+    looks: tuple[Look, ...] = ()
 
     @property
     def macs_ratio(self) -> float:
@@ -85,6 +89,7 @@ def prune(
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
     part: str | Sequence[str] | None = None,
+    latency: float | Mapping[str, Any] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     in_place: bool = False,
     seed: int = 0,
@@ -100,6 +105,10 @@ def prune(
     pruned too. evaluate: larger is better; it gets the model in eval mode; needed for
     `max_accuracy_drop`. options: the keys of the config's `prune` section, with the same defaults
     (macs_ratio=0.5, criterion="taylor", lr=0.001, ...); align is 1 unless given.
+
+    latency: in place of a ratio, the share of the unpruned latency that is to stay, or the keys of the
+    config's `budget` section: {"latency_ms": 2.0, "target": "cpu-ort", "batch": 1}. Networks of other widths
+    are measured on this machine first, and the last one is before it is taken.
 
     part: the dotted path of a submodule, or several: only those are traced, pruned and trained, on what
     they get when the model runs on the example. loss and evaluate get the whole model. What the
@@ -124,7 +133,12 @@ def prune(
     kept = (*keep_names(parts.traced.net, config.keep), *parts.shared)
     traced, cmap = labelled(parts.traced, kept, config, in_place=in_place)
     _check_prunable(cmap)
-    where = choices(config, cmap, 1 if config.align == "auto" else config.align)
+    budget = None if latency is None else _budgeted(latency, config, traced, cmap)
+    where = (
+        choices(config, cmap, 1 if config.align == "auto" else config.align)
+        if budget is None
+        else budget.where
+    )
     whole = Whole(subject, replace(parts, traced=traced), example)
     if evaluate is None and config.max_accuracy_drop is not None:
         what = "max_accuracy_drop needs evaluate"
@@ -134,7 +148,10 @@ def prune(
     task = whole.around(_task(batches, loss, measure, "compress.prune"))
     device = device_of(subject)
     with whole:
-        done = prune_loop(traced.net, cmap, where, task, config, seed=seed, device=device, progress=progress)
+        done = prune_loop(
+            traced.net, cmap, where, task, config, seed=seed, device=device, progress=progress,
+            measure=budget.measure if budget else None,
+        )  # fmt: skip
     dense, plan = cut(done.masked, cmap, done.keep)
     inexact = inexact_because(cmap)
     proof = verify(done.unmasked, done.masked, dense, traced.example, inexact=inexact)
@@ -144,6 +161,22 @@ def prune(
         return whole.built(dense), result
     apply_plan(plan, subject)
     return model, result
+
+
+def _budgeted(
+    latency: float | Mapping[str, Any], prune: PruneConfig, traced: Traced, cmap: ChannelMap
+) -> Budgeted:
+    """The budgets of a call, as those of a config."""
+    given = {"latency_ratio": latency} if isinstance(latency, int | float) else dict(latency)
+    budget = _checked(BudgetConfig, given, "compress.prune: latency")
+    batch = budget.batch or 1
+    none = {"name": "given"}
+    config = Config.model_construct(
+        version=1, model=none, data=none, prune=prune, budget=budget.model_copy(update={"batch": batch}),
+        bench=BenchConfig(batches=[batch]), gates=GatesConfig(),
+    )  # fmt: skip
+    example = tuple(x for x in tree_leaves(traced.example) if isinstance(x, Tensor))
+    return budgeted(aim.aimed(config), traced.net, cmap, example, run=None, folder=Path())
 
 
 def finetune(
@@ -245,6 +278,7 @@ def _result(
         tuple(name for name, _ in traced.folded),
         proof,
         whole,
+        done.looks,
     )
 
 

@@ -80,7 +80,7 @@ def budgeted(
     *,
     run: Path | None,
     folder: Path,
-    progress: Note,
+    progress: Note = lambda done, of, text: None,
 ) -> Budgeted:
     """The budgets of an aimed config. run: where to keep what is measured, None to share it only.
 

@@ -19,6 +19,7 @@ from compress.errors import ConfigError, ConfigErrors
 from compress.files import read_bytes
 from compress.schema import (
     BenchConfig,
+    BudgetConfig,
     Config,
     DataConfig,
     DistillConfig,
@@ -32,6 +33,7 @@ from compress.strict_yaml import Document, Mark, Path, Unreadable, parse
 
 __all__ = [
     "BenchConfig",
+    "BudgetConfig",
     "Config",
     "DataConfig",
     "DistillConfig",
