@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from compress import aim, distributed, files
-from compress.budget import AIM, Look, close, narrow
+from compress.budget import AIM, WITHIN, Look, close, narrow
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import cost_model
@@ -67,7 +67,8 @@ class Budgeted:
                 "asked_ratio": ratio,
                 "model_error": self.latency.known_error,
                 "networks": self.latency.networks,
-                "looks": [asdict(look) | {"fits": look.fits} for look in looks],
+                "within": WITHIN,
+                "looks": [asdict(look) | {"fits": look.fits, "near": look.near} for look in looks],
             }
         return document
 

@@ -20,7 +20,7 @@ PICTURES = (".png", ".svg", ".pdf")
 
 def show_loss(screen: Screen, config: Config, folder: Path, images: int, plot: str | None) -> Answer:
     """The loss when each layer's least important channels are left out."""
-    from compress.show import show_sensitivity
+    from compress.show_inspect import show_sensitivity
 
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline
@@ -35,7 +35,7 @@ def show_loss(screen: Screen, config: Config, folder: Path, images: int, plot: s
 
 def show_latency(screen: Screen, config: Config, folder: Path, target: str, plot: str | None) -> Answer:
     """Importance kept against latency on a target, "" for the config's, and what each layer takes of both."""
-    from compress.show_front import show_front
+    from compress.show_inspect import show_front
 
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline
@@ -59,7 +59,8 @@ def check_picture(plot: str | None) -> None:
 
 
 def without_data(name: str, shape: list[int] | None, weights: str | None, classes: int | None) -> Config:
-    """A config for a model that is named on the command line; what matters in it is the size of weights."""
+    """A config for a model that is named on the command line; what matters in it is the size of weights,
+    and how long one input takes."""
     from compress.config import loads
 
     model = {
@@ -68,5 +69,6 @@ def without_data(name: str, shape: list[int] | None, weights: str | None, classe
         "kwargs": {} if classes is None else {"num_classes": classes},
         "input_shape": shape or [3, 224, 224],
     }
-    given = {"version": 1, "model": model, "data": {"name": "none"}, "prune": {"criterion": "magnitude"}}
+    given = {"version": 1, "model": model, "data": {"name": "none"}}
+    given |= {"prune": {"criterion": "magnitude"}, "bench": {"batches": [1]}}
     return loads(json.dumps(given), "MODEL")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.console import STYLES, print_table, readable
+from deploy.budget_view import sentences
+from deploy.budget_view import table as looked_at
 from deploy.values import (
     count,
     measured,
@@ -18,7 +20,6 @@ from deploy.values import (
     scientific,
     section,
     shortened,
-    significant,
     span,
     text,
     times,
@@ -220,11 +221,16 @@ def show_plan(console: Console, found: Data) -> None:
     kind, value = str(target.get("kind")).removesuffix("_ratio"), number(target.get("value")) or 0.0
     kind = {"macs": "MACs", "params": "parameters"}.get(kind, kind)
     least = measured(found.get("least"), lambda x: percent(x, 1))
+    latency = section(section(found, "budget"), "latency")
     if found.get("reachable"):
         said = f"{percent(value, 1)} of the {kind} can be kept (the least possible is {least})"
         verdict_line(console, "ok", said)
+    elif rows(latency, "looks"):
+        verdict_line(console, "fail", f"{percent(value, 1)} of the {kind}: no width allowed comes near it")
     else:
         verdict_line(console, "fail", f"{percent(value, 1)} of the {kind} is out of reach: {least} must stay")
+    for said in sentences(latency):
+        line(console, said)
     units = section(found, "units")
     facts = [
         ("  MACs", *_change(section(found, "macs"), "")),
@@ -232,6 +238,8 @@ def show_plan(console: Console, found: Data) -> None:
         ("  units", f"{count(units.get('total'))} → {count(units.get('kept'))}", ""),
     ]
     print_table(console, ("", "", ""), facts)
+    looks = looked_at(latency)
+    titled(console, "networks measured on the way", looks.headers, looks.rows, right=range(6))
     layers = [
         (
             row.get("name"),
@@ -284,37 +292,6 @@ def show_study(console: Console, found: Data) -> None:
     ]
     title = "rank correlation (Spearman) with the squared change of the loss, summed up per ..."
     titled(console, title, heads, cells, right=tuple(range(1, len(heads))))
-
-
-def show_sensitivity(console: Console, found: Data) -> None:
-    """Every class of units at several widths, the most sensitive first."""
-    metric, total = text(found.get("metric"), ""), max(1, int(found["macs"]))
-
-    def value(given: object) -> str:
-        return measured(given, (lambda x: percent(x, 1)) if metric == "top1" else significant)
-
-    line(console, text(found.get("model"), ""), "bold")
-    whole = f"loss {measured(found.get('loss'), _three)}, {metric} {value(found.get('value'))}"
-    line(console, f"{whole} with all channels, on {count(found.get('images'))} validation examples")
-    shares = [percent(share, 0) for share in found["shares"]]
-    heads = ("layers", "channels", f"MACs saved at {shares[-1]}", f"loss at {shares[0]}", *shares[1:])
-    heads += (f"{metric} at {shares[0]}", *shares[1:])
-    cells = [
-        (
-            shorter(one["layers"]),
-            count(one.get("units")),
-            percent(1 - rows(one, "points")[-1]["macs"] / total, 1),
-            *(measured(point.get("loss"), _three) for point in rows(one, "points")),
-            *(value(point.get("value")) for point in rows(one, "points")),
-        )
-        for one in rows(found, "classes")
-    ]
-    title = f"a share of one layer's channels kept, the least important ({found['criterion']}) left out"
-    titled(console, f"{title}; most sensitive first", heads, cells, right=tuple(range(1, len(heads))), fold=0)
-
-
-def _three(value: float) -> str:
-    return significant(value, 3)
 
 
 # -- compare, verify, doctor --------------------------------------------------------------------------

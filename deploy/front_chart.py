@@ -21,7 +21,8 @@ def draw_front(found: Mapping[str, Any], path: Path) -> None:
     """The front with its uncertainty and the networks that were measured, the classes that save most for
     their importance, and the staircases of those that cost most; the ending says the format."""
     stairs = rows(found, "staircases")[:MOST_STAIRS]
-    heights = [FRONT, *[STAIRS] * -(-len(stairs) // COLUMNS)]
+    lines = -(-len(stairs) // COLUMNS)
+    heights = [FRONT, STAIRS * lines][: 1 + bool(stairs)]
     where = f"{text(found.get('target'))}, {text(found.get('precision'))}, batch {text(found.get('batch'))}"
     with _style():
         figure = _figure(sum(heights))
@@ -32,8 +33,8 @@ def draw_front(found: Mapping[str, Any], path: Path) -> None:
         front, bars = parts[0].subplots(1, 2, width_ratios=(1.3, 1))
         _front(front, found)
         _bars(bars, rows(found, "classes")[:MOST_CLASSES])
-        for number_of, part in enumerate(parts[1:]):
-            _staircases(part, stairs[number_of * COLUMNS :][:COLUMNS], first=number_of == 0)
+        if stairs:
+            _staircases(parts[1], stairs, lines)
         figure.set_facecolor("white")
         figure.savefig(path, dpi=150)
 
@@ -82,23 +83,28 @@ def _bars(axes: Any, classes: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
 
 
-def _staircases(part: Any, stairs: Sequence[Mapping[str, Any]], first: bool) -> None:
-    grid = part.subplots(1, COLUMNS, sharey=False, squeeze=False)[0]
-    for axes, one in zip(grid, stairs, strict=False):
+def _staircases(part: Any, stairs: Sequence[Mapping[str, Any]], lines: int) -> None:
+    grid = part.subplots(lines, COLUMNS, squeeze=False)
+    for axes, one in zip(grid.ravel(), stairs, strict=False):
         _staircase(axes, one)
-    grid[0].set_ylabel("ms per call")
-    if first:
-        part.suptitle(
-            "What a channel more costs (dots: what the target runs well)", x=0.01, ha="left", fontsize=9.5
-        )
-    for axes in grid[len(stairs) :]:
+    for axes in grid[:, 0]:
+        axes.set_ylabel("ms per call")
+    for axes in grid.ravel()[len(stairs) :]:
         axes.set_axis_off()
+    said = "The network, by the channels of one class (dots: whole blocks of the target)"
+    part.suptitle(said, x=0.01, ha="left", fontsize=9.5)
 
 
 def _staircase(axes: Any, one: Mapping[str, Any]) -> None:
     channels, ms = entries(one, "channels"), entries(one, "ms")
     shown = thinned(len(channels), MOST_STEPS)
-    axes.plot([channels[i] for i in shown], [ms[i] for i in shown], color=MUTED, linewidth=1.3)
+    axes.plot(
+        [channels[i] for i in shown],
+        [ms[i] for i in shown],
+        color=MUTED,
+        linewidth=1.3,
+        drawstyle="steps-pre",
+    )
     by = dict(zip(channels, ms, strict=True))
     good = [width for width in entries(one, "good") if width in by]
     good = [good[i] for i in thinned(len(good), MOST_MARKS)]

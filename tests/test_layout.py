@@ -20,6 +20,8 @@ MAY_DEPLOY |= {
     "variants",
     "release",
     "show",
+    "show_inspect",
+    "cli_inspect",
     "earlier",
     "ci",
     "meter",

@@ -1,4 +1,4 @@
-"""`compress inspect --target` for people: what can be had at which latency, and which layers cost it."""
+"""What `compress inspect` measures, for people: the loss without channels, and latency against importance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from compress.show import Data, line, shorter, titled
+from deploy.budget_view import place
 from deploy.values import count, measured, milliseconds, number, percent, rows, significant, text, thinned
 
 if TYPE_CHECKING:
@@ -16,18 +17,47 @@ MOST_CLASSES = 20
 NAMED = 3
 
 
+def show_sensitivity(console: Console, found: Data) -> None:
+    """Every class of units at several widths, the most sensitive first."""
+    metric, total = text(found.get("metric"), ""), max(1, int(found["macs"]))
+
+    def value(given: object) -> str:
+        return measured(given, (lambda x: percent(x, 1)) if metric == "top1" else significant)
+
+    line(console, text(found.get("model"), ""), "bold")
+    whole = f"loss {measured(found.get('loss'), _three)}, {metric} {value(found.get('value'))}"
+    line(console, f"{whole} with all channels, on {count(found.get('images'))} validation examples")
+    shares = [percent(share, 0) for share in found["shares"]]
+    heads = ("layers", "channels", f"MACs saved at {shares[-1]}", f"loss at {shares[0]}", *shares[1:])
+    heads += (f"{metric} at {shares[0]}", *shares[1:])
+    cells = [
+        (
+            shorter(one["layers"]),
+            count(one.get("units")),
+            percent(1 - rows(one, "points")[-1]["macs"] / total, 1),
+            *(measured(point.get("loss"), _three) for point in rows(one, "points")),
+            *(value(point.get("value")) for point in rows(one, "points")),
+        )
+        for one in rows(found, "classes")
+    ]
+    title = f"a share of one layer's channels kept, the least important ({found['criterion']}) left out"
+    titled(console, f"{title}; most sensitive first", heads, cells, right=tuple(range(1, len(heads))), fold=0)
+
+
+def _three(value: float) -> str:
+    return significant(value, 3)
+
+
 def show_front(console: Console, found: Data) -> None:
     """Where it was measured and how well it is known, the classes by what they cost, then the front."""
     line(console, text(found.get("model"), ""), "bold")
-    where = f"{text(found.get('runner'))}, {text(found.get('precision'))}, batch {text(found.get('batch'))}"
-    threads = f"{text(found.get('threads'))} thread{'' if found.get('threads') == 1 else 's'}"
-    line(console, f"{text(found.get('target'))}: {where}, {threads}, {text(found.get('hardware'))}")
-    networks = f"a model of {count(found.get('networks'))} measured networks"
+    line(console, place(found))
+    fitted = f"the model is fitted to {count(found.get('networks'))} measured networks"
     error = number(found.get("model_error"))
-    said = (
-        "too few to say how well" if error is None else f"off by {percent(error, 1)} on one it has not seen"
+    far = (
+        "too few to say how well" if error is None else f"{percent(error, 1)} off at one that it has not seen"
     )
-    line(console, f"{measured(found.get('original_ms'), milliseconds)} unpruned; {networks}, {said}")
+    line(console, f"{measured(found.get('original_ms'), milliseconds)} unpruned; {fitted}, {far}")
     worth = _worth_it(rows(found, "classes"))
     if worth:
         line(console, f"cost much and matter little: {worth}")
