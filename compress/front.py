@@ -7,7 +7,8 @@ what the latency model of its target says (`latency.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from compress.cost import CostModel, class_counts
 from compress.inspection import written_by
 from compress.latency import LatencyModel
 from compress.select import Space, Target, ascending
+
+if TYPE_CHECKING:
+    from deploy.latency_table import Entry
 
 PACE = 0.02
 """How far apart the points of a front are, as a share of the unpruned latency."""
@@ -115,7 +119,7 @@ class Outlook:
         ms, error = self.latency.ms(counts), self.latency.known_error
         if np.array_equal(counts, self.cost.full):
             error = 0.0  # measured, and what all others are held against
-        low, high = (None, None) if error is None else (ms * (1 - error), ms * (1 + error))
+        low, high = (None, None) if error is None else (ms * max(1 - error, 0), ms * (1 + error))
         latency, macs, params = (self.cost.ratio(kind, counts) for kind in ("latency", "macs", "params"))
         return Point(ms, low, high, latency, macs, params, int(counts.sum()), self.importance(counts))
 
@@ -164,3 +168,24 @@ class Outlook:
             marked = tuple(int(width) for width in good[number])
             found.append(Staircase(tuple(names[number]), tuple(channels), ms, marked))
         return found
+
+    def as_dict(self, good: Sequence[np.ndarray], measured: Sequence[Entry]) -> dict[str, Any]:
+        """All of it, ready for JSON. measured: networks of the fit, with what they keep at best."""
+        latency = self.latency
+        counts = [np.array(entry.counts) for entry in measured]
+        return {
+            "original_ms": latency.original_ms,
+            "model_error": latency.known_error,
+            "networks": latency.networks,
+            "points": [asdict(point) for point in self.front()],
+            "measured": [
+                {
+                    "ratio": entry.ratio,
+                    "predicted_ratio": latency.ms(own) / latency.original_ms,
+                    "importance": self.importance(own),
+                }
+                for entry, own in zip(measured, counts, strict=True)
+            ],
+            "classes": [asdict(one) for one in self.classes()],
+            "staircases": [asdict(one) for one in self.staircases(good)],
+        }

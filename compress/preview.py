@@ -32,6 +32,9 @@ from compress.surgery import cut
 from compress.task import Evaluation, Task, check, device_of, move
 from compress.trace import GraphNet, Traced
 
+DOUBTFUL = 0.15
+"""An error of a latency model that its user is warned of."""
+
 
 def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
     """Score on one step's minibatches, select once, and say what would go. Nothing is written.
@@ -129,28 +132,18 @@ def _front(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray, tar
         config, at, traced.net, cmap, levels, traced.example, run=None, folder=work.folder,
         progress=_progress(work),
     )  # fmt: skip
+    if (latency.known_error or 0.0) > DOUBTFUL:
+        far = f"{latency.known_error:.0%} off at networks that it has not seen"
+        again = f"to measure again on an idle machine, delete {meter.path}"
+        work.events.warn(f"the latency model is {far}; {again}")
     found = Outlook(cmap, latency.added_to(cost_model(cmap)), latency, levels, scores)
-    counts = [np.array(entry.counts) for entry in meter.table.of(meter.model)]
     return {
         "model": config.model.name,
         "criterion": config.prune.criterion,
         "target": at.target.name,
         **asdict(meter.table.setting),
-        "original_ms": latency.original_ms,
-        "model_error": latency.known_error,
-        "networks": latency.networks,
         "asked_ratio": _asked(config, at, latency),
-        "points": [asdict(point) for point in found.front()],
-        "measured": [
-            {
-                "ratio": entry.ratio,
-                "predicted_ratio": latency.ms(own) / latency.original_ms,
-                "importance": found.importance(own),
-            }
-            for entry, own in zip(meter.table.of(meter.model), counts, strict=True)
-        ],
-        "classes": [asdict(one) for one in found.classes()],
-        "staircases": [asdict(one) for one in found.staircases(good)],
+        **found.as_dict(good, meter.table.of(meter.model)),
     }
 
 

@@ -54,9 +54,7 @@ def show_front(console: Console, found: Data) -> None:
     line(console, place(found))
     fitted = f"the model is fitted to {count(found.get('networks'))} measured networks"
     error = number(found.get("model_error"))
-    far = (
-        "too few to say how well" if error is None else f"{percent(error, 1)} off at one that it has not seen"
-    )
+    far = f"{measured(error, _share)} off at one that it has not seen" if error else "too few to say how well"
     line(console, f"{measured(found.get('original_ms'), milliseconds)} unpruned; {fitted}, {far}")
     worth = _worth_it(rows(found, "classes"))
     if worth:
@@ -121,6 +119,10 @@ def _front(console: Console, found: Data) -> None:
 def _band(point: Data) -> str:
     low, high = number(point.get("low_ms")), number(point.get("high_ms"))
     return "" if low is None or high is None or low == high else f"± {_ms((high - low) / 2)}"
+
+
+def _share(value: float) -> str:
+    return percent(value, 1)
 
 
 def _ms(value: float) -> str:

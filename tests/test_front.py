@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from compress.show_inspect import show_front
 from compress.trace import trace
 from compress.zoo import cifar_resnet
 from deploy.front_chart import draw_front
+from deploy.latency_table import Entry
 
 BLOCK = 4
 ERROR = 0.05
@@ -152,27 +153,17 @@ def test_a_staircase_has_a_step_for_every_block() -> None:
 
 def document(**given: Any) -> dict[str, Any]:
     found = outlook()
-    setting = {
-        "runner": "onnxruntime",
-        "version": "1",
-        "hardware": "a CPU",
-        "precision": "fp32",
-        "threads": 1,
-    }
-    return json.loads(
-        json.dumps(
-            {
-                "model": "some:net", "criterion": "taylor", "target": "cpu-ort", **setting,
-                "threads": 1, "batch": 8,
-                "original_ms": found.latency.original_ms, "model_error": ERROR, "networks": 9,
-                "asked_ratio": 0.5,
-                "points": [asdict(one) for one in found.front()],
-                "measured": [{"ratio": r, "predicted_ratio": r, "importance": r} for r in (1.0, 0.5, 0.3)],
-                "classes": [asdict(one) for one in found.classes()],
-                "staircases": [asdict(one) for one in found.staircases(found.levels)],
-            }
-        )
-    ) | given  # fmt: skip
+    measured = [
+        Entry("m", tuple(counts.tolist()), found.latency.ms(counts), found.latency.original_ms, 0.0, ())
+        for counts in (found.cost.full, found.narrowest)
+    ]
+    head = {
+        "model": "some:net", "criterion": "taylor", "target": "cpu-ort", "runner": "onnxruntime",
+        "version": "1", "hardware": "a CPU", "precision": "fp32", "threads": 1, "batch": 8,
+        "asked_ratio": 0.5,
+    }  # fmt: skip
+    read: dict[str, Any] = json.loads(json.dumps(head | found.as_dict(found.levels, measured)))
+    return read | given
 
 
 def shown(found: dict[str, Any]) -> list[str]:
@@ -190,12 +181,27 @@ def test_the_terminal_says_where_how_well_and_what_is_asked() -> None:
     assert lines[2].endswith(
         "unpruned; the model is fitted to 9 measured networks, 5.0 % off at one that it has not seen"
     )
-    assert lines[3].startswith("cost much and matter little: layer1.0.conv1 (")
+    first = found["classes"][0]
+    share = f"({100 * first['latency_share']:.1f} % of the latency for "
+    assert first["latency_share"] > first["importance_share"]
+    assert lines[3].startswith(f"cost much and matter little: {', '.join(first['layers'][:3])}")
+    assert share in lines[3].replace("\xa0", " ")
     asked = [line for line in lines if line.endswith("the budget's 50.0 %")]
     expected = next(point for point in found["points"] if point["ratio"] <= 0.5)
     assert len(asked) == 1
     assert f"{100 * expected['importance']:.1f} %" in asked[0].replace("\xa0", " ")
-    assert sum(line.startswith(("conv1", "layer")) for line in lines) == len(found["classes"])
+    assert (
+        sum(line.startswith(("conv1", "layer")) for line in lines) == len(found["classes"]) + 1
+    )  # and the heads
+
+
+def test_measured_networks_lie_on_or_below_the_front() -> None:
+    found = document()
+    whole, narrowest = found["measured"]
+    assert whole == {"ratio": 1.0, "predicted_ratio": pytest.approx(1.0), "importance": pytest.approx(1.0)}
+    last = found["points"][-1]
+    assert narrowest["ratio"] == pytest.approx(last["ratio"]) == pytest.approx(narrowest["predicted_ratio"])
+    assert narrowest["importance"] == pytest.approx(last["importance"])
 
 
 def test_the_terminal_without_an_error_or_a_budget() -> None:

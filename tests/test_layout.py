@@ -25,6 +25,7 @@ MAY_DEPLOY |= {
     "earlier",
     "ci",
     "meter",
+    "front",
     "budgeting",
     "latency",
     "handover",
