@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ class Place:
 
 
 ON_CPU = ("torch", "torch_compile", "onnxruntime")
+UNTOLD = ("onnxruntime_cuda", "onnxruntime_tensorrt", "onnxruntime_nvtensorrtrtx")
+"""Runners that do not tell how long each layer takes, so that no latency can be modelled."""
 
 
 def target(config: Config) -> Target:
@@ -36,7 +39,7 @@ def target(config: Config) -> Target:
 def aimed(config: Config) -> Config:
     """The config with the target's values where it has none. The filled-in config is the config.
 
-    Raises ConfigError where a gate looks at what is not measured then.
+    Raises ConfigError where a gate looks at what is not measured then, or streams are asked of CPUs.
     """
     chosen = target(config)
     bench, gates = config.bench, config.gates
@@ -51,7 +54,7 @@ def aimed(config: Config) -> Config:
         "runner": gates.runner or (chosen.runner if chosen.runner in runners else runners[-1])
     }
     budget = _budget(config, filled["batches"])
-    limits = vars(chosen.budget) | _asked(budget, config.bench.target)
+    limits = vars(chosen.budget) | _asked(budget, config)
     for key, limit in limits.items():
         if limit is not None and key not in gates.model_fields_set:
             own[key] = limit
@@ -63,7 +66,15 @@ def aimed(config: Config) -> Config:
         }
     )
     _check_gates(found)
+    if bench.streams is not None and not on_gpu(found):
+        what = f"streams are of GPUs, and {', '.join(runners)} run on the CPU"
+        raise ConfigError(what, "bench.streams", "set it to null, or bench on a GPU target")
     return found
+
+
+def on_gpu(config: Config) -> list[str]:
+    """Those of an aimed config's runners that need a GPU."""
+    return [kind for kind in config.bench.runners or () if kind not in ON_CPU]
 
 
 def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
@@ -84,12 +95,17 @@ def _batch(config: Config, batches: list[int]) -> int:
     return given or config.gates.batch or max(batches)
 
 
-def _asked(budget: BudgetConfig | None, target: str) -> dict[str, Any]:
-    """What the gates ask where the budget is for the target that is benched: the same, at the same batch."""
-    if budget is None or not budget.has_latency or budget.target != target:
+def _asked(budget: BudgetConfig | None, config: Config) -> dict[str, Any]:
+    """What the gates ask where the budget is for the target that is benched: the same, at the same batch.
+    What the target asks on its own besides still holds."""
+    if budget is None or not budget.has_latency or budget.target != config.bench.target:
         return {}
-    speedup = None if budget.latency_ratio is None else 1 / budget.latency_ratio
-    return {"batch": budget.batch, "latency_ms": budget.latency_ms, "speedup": speedup}
+    if config.gates.batch not in (None, budget.batch):
+        return {}
+    if budget.latency_ms is not None:
+        return {"batch": budget.batch, "latency_ms": budget.latency_ms}
+    assert budget.latency_ratio is not None
+    return {"batch": budget.batch, "speedup": 1 / budget.latency_ratio}
 
 
 def _runners(chosen: Target) -> list[str]:
@@ -113,51 +129,91 @@ def align(config: Config, at: Place | None = None) -> int:
     """The multiple that kept channels must be of: as given, or by the target that they are to be fast on."""
     from deploy import targets
 
-    given = config.prune.align
+    given, budget = config.prune.align, config.budget
     if given != "auto":
         return given
-    at = place(config) if at is None and _has_latency(config) else at
-    return targets.resolve_align(target(config) if at is None else at.target)
+    if at is not None:
+        return targets.resolve_align(at.target)
+    own = budget.target if budget is not None and _has_latency(config) else None
+    return targets.resolve_align(target(config) if own is None else _target_of(own))
 
 
 def _has_latency(config: Config) -> bool:
     return config.budget is not None and config.budget.has_latency
 
 
+def _target_of(name: str, key: str = "budget.target") -> Target:
+    """The target that a key names. Raises ConfigError for one that does not exist."""
+    from deploy import targets
+    from deploy.errors import MeasureError
+
+    try:
+        return targets.load(name)
+    except MeasureError as error:
+        where = error.where if name.endswith(".toml") else key
+        raise ConfigError(error.what, where, error.fix) from None
+
+
 def place(config: Config, name: str = "") -> Place:
     """Where latency is measured: on the target of this name, else on the budget's. `config` is aimed."""
-    from deploy import targets
-
     budget, bench = config.budget, config.bench
     assert bench.batches is not None
-    name = name or (budget.target if budget is not None else None) or bench.target
-    chosen, same = targets.load(name), name == bench.target
+    own = (budget.target if budget is not None else None) or bench.target
+    chosen = _target_of(name, "--target") if name else _target_of(own)
+    same = (name or own) == bench.target
     precision = bench.precision if same and bench.precision not in (None, "auto") else chosen.precision
     threads = (bench.threads if same else None) or chosen.threads
     return Place(chosen, str(precision), threads, _batch(config, bench.batches))
 
 
-def check(config: Config, *, here: bool) -> None:
-    """Raises where the target or a runner is unknown; here: or needs a device that this machine lacks."""
+def check(config: Config, *, here: bool, prunes: bool = False) -> None:
+    """Raises where a target or a runner is unknown; here: or needs a device that this machine lacks; prunes:
+    or the budget's does, as its latency is measured while pruning."""
     import torch
 
     from deploy import runners
 
-    for kind in aimed(config).bench.runners or ():
+    config = aimed(config)
+    _check_budget(config, prunes=prunes)
+    for kind in config.bench.runners or ():
         if kind not in runners.KINDS:
             raise ConfigError(f"unknown runner {kind}", "bench.runners", did_you_mean(kind, runners.KINDS))
-        if here:
-            check_device(kind, "bench.runners")
+        if here and kind not in ON_CPU and not torch.cuda.is_available():
+            raise TargetError(f"{kind} needs a CUDA device", "bench.runners", "see compress doctor")
+    if here and config.bench.engine.buffers == "pycuda" and importlib.util.find_spec("pycuda") is None:
+        fix = "pip install 'compress-release[pycuda]', or set it to torch"
+        raise TargetError("pycuda is not installed", "bench.engine.buffers", fix)
     if here and torch.cuda.is_available():
-        chosen, found = target(config), torch.cuda.get_device_name()
-        if chosen.gpu.lower() not in found.lower():
-            what = f"the target {chosen.name} is for {chosen.gpu}, here is {found}"
-            raise TargetError(what, "bench.target", "measure it there, or take a target for this GPU")
+        _check_gpu(target(config), "bench.target")
 
 
-def check_device(kind: str, where: str) -> None:
-    """Raises TargetError where a runner needs a device that this machine lacks."""
+def _check_budget(config: Config, *, prunes: bool) -> None:
+    """Raises where the latency that a budget asks for cannot be measured; prunes: here."""
+    if _has_latency(config):
+        check_place(place(config), "budget.target", here=prunes)
+
+
+def check_place(at: Place, where: str, *, here: bool, when: str = "while pruning", do: str = "prune") -> None:
+    """Raises where the latency of layers cannot be measured at a place; here: on this machine. when, do: in
+    the error, when it is measured and what to do elsewhere."""
     import torch
 
-    if kind not in ON_CPU and not torch.cuda.is_available():
-        raise TargetError(f"{kind} needs a CUDA device", where, "see compress doctor")
+    chosen = at.target
+    if chosen.runner in UNTOLD:
+        fix = "take a target of ONNX Runtime on the CPU, TensorRT or torch"
+        raise ConfigError(f"{chosen.runner} does not tell how long each layer takes", where, fix)
+    if chosen.runner in ON_CPU or not here:
+        return
+    if not torch.cuda.is_available():
+        what = f"{chosen.name} needs a CUDA device: latency is measured {when}"
+        raise TargetError(what, where, f"{do} where there is one; see compress doctor")
+    _check_gpu(chosen, where)
+
+
+def _check_gpu(chosen: Target, where: str) -> None:
+    import torch
+
+    found = torch.cuda.get_device_name()
+    if chosen.gpu.lower() not in found.lower():
+        what = f"the target {chosen.name} is for {chosen.gpu}, here is {found}"
+        raise TargetError(what, where, "measure it there, or take a target for this GPU")

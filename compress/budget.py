@@ -16,14 +16,16 @@ import numpy as np
 
 from compress.cost import CostModel, class_counts
 from compress.knapsack import Infeasible, choose
-from compress.select import Selection, Space, Target, ascending
+from compress.select import Selection, Space, ascending
 
 WITHIN = 0.03
 """By how much a network may be faster than asked; slower it should not be."""
 AIM = 1 - WITHIN / 2
 """What is aimed at, as a share of the latency asked for."""
 LOOKS = 5
-TRIES = 8
+EARLY = (1 / 2, 3 / 4)
+"""Shares of the way, in logarithms, after which the model is checked before anything is lost."""
+TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ class Look:
         """Within WITHIN of what was asked."""
         return abs(self.measured / self.asked - 1) <= WITHIN
 
+    @property
+    def met(self) -> bool:
+        """As fast as asked or faster, by WITHIN."""
+        return self.measured <= self.asked * (1 + WITHIN)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a step comes down to; above 1 where a corrected model says that the network takes more."""
+
+    kind: str
+    ratio: float
+
 
 def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> Selection:
     """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further.
@@ -51,12 +66,12 @@ def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> S
     scores: (units,), higher is more important; keep: bool (units,). reached: the budgets themselves are met.
     """
     counts = class_counts(where.cmap, keep)
-    goals = [replace(t, ratio=max(t.ratio, where.cost.ratio(t.kind, counts) - pace)) for t in where.targets]
+    now = [where.cost.ratio(target.kind, counts) for target in where.targets]
+    goals = [Goal(t.kind, max(t.ratio, n - pace)) for t, n in zip(where.targets, now, strict=True)]
     order = ascending(scores, keep, where.cmap)
     levels = [own[own <= n] for own, n in zip(where.levels, counts, strict=True)]
     worth = [importance_at(scores[units], own) for units, own in zip(order, levels, strict=True)]
-    costs = [_costs(where.cost, target.kind, counts, levels) for target in goals]
-    chosen, gap = _fitting(where.cost, counts, levels, worth, costs, goals)
+    chosen, gap = _fitting(where.cost, counts, levels, worth, goals)
     kept = keep.copy()
     for units, before, after in zip(order, counts, chosen, strict=True):
         kept[units[: before - after]] = False
@@ -88,15 +103,19 @@ def _fitting(
     counts: np.ndarray,
     levels: list[np.ndarray],
     worth: list[np.ndarray],
-    costs: list[list[np.ndarray]],
-    goals: list[Target],
+    goals: list[Goal],
 ) -> tuple[np.ndarray, float]:
-    """Counts whose own costs meet the goals, or the narrowest; and how far from the best they may be."""
+    """Counts whose own costs meet the goals, or the narrowest; and how far from the best they may be.
+
+    A choice that costs more than its class-by-class costs add up to is made again with so much less to spend,
+    and where that leads nowhere, from that choice on.
+    """
+    costs = [_costs(cost, goal.kind, counts, levels) for goal in goals]
     now = np.array([cost.ratio(goal.kind, counts) for goal in goals])
     least = np.array([[own[0] for own in costs[k]] for k in range(len(goals))])
     spent = [np.stack([costs[k][g] - least[k][g] for k in range(len(goals))], 1) for g in range(len(counts))]
     asked = np.array([goal.ratio for goal in goals])
-    aims = asked.copy()
+    aims, chosen = asked.copy(), counts
     narrowest = np.array([own[0] for own in levels])
     for _ in range(TRIES):
         budgets = aims - (now + (least - now[:, None]).sum(axis=1))
@@ -110,8 +129,14 @@ def _fitting(
         over = np.array([cost.ratio(goal.kind, chosen) for goal in goals]) - asked
         if (over <= 1e-9).all():
             return chosen, found.loss_gap
-        aims = aims - np.maximum(over, 0)
-    return narrowest, 0.0
+        added = aims - budgets + found.costs
+        aims = np.where(over > 1e-9, np.minimum(aims, added) - over, aims)
+    if (chosen == counts).all():
+        return narrowest, 0.0
+    within = [own[own <= n] for own, n in zip(levels, chosen, strict=True)]
+    return _fitting(
+        cost, chosen, within, [own[: len(w)] for own, w in zip(worth, within, strict=True)], goals
+    )
 
 
 @dataclass(frozen=True)
@@ -135,34 +160,54 @@ def close(
 ) -> Closed:
     """`narrow`, and where that ends the pruning, until the network that it ends with is as fast as asked.
 
-    measure: the share of the unpruned latency that the network of `keep` really has.
+    What has left does not come back, so a model that is too slow by much has to be found out before: there is
+    a look on the way too, at some shares of it (EARLY). measure: the share of the unpruned latency that the
+    network of `keep` really has.
     """
-    looks: list[Look] = []
-    tried: list[Selection] = []
-    while len(looks) < LOOKS:
+    early: list[Look] = []
+    tried: list[tuple[Look, Selection]] = []
+    while len(tried) < LOOKS:
         chosen = narrow(scores, keep, where, pace)
-        if not chosen.reached or not chosen.removed:
-            return Closed(chosen, where, tuple(looks), ends=False)
-        if any((chosen.keep == other.keep).all() for other in tried):
+        is_last = chosen.reached or _is_narrowest(where, chosen)
+        if not is_last and (early or tried or not _passes(where, keep, chosen.keep)):
+            return Closed(chosen, where, (*early, *(look for look, _ in tried)), ends=False)
+        if any((chosen.keep == other.keep).all() for _, other in tried):
             break  # the widths allowed have nothing nearer
-        looks.append(_look(where, chosen, measure))
-        tried.append(chosen)
-        where = corrected(where, looks[-1].measured / looks[-1].predicted)
-        if looks[-1].fits:
+        look = _look(where, chosen, measure)
+        where = corrected(where, look.measured / look.predicted)
+        if not is_last:
+            early.append(look)
+            continue
+        tried.append((look, chosen))
+        if look.fits:
             break
-    best = min(range(len(looks)), key=lambda n: _miss(looks[n]))
-    rest = [look for number, look in enumerate(looks) if number != best]
-    return Closed(tried[best], where, (*rest, looks[best]), ends=True)
+    best = min(range(len(tried)), key=lambda n: _miss(tried[n][0]))
+    rest = [look for number, (look, _) in enumerate(tried) if number != best]
+    return Closed(tried[best][1], where, (*early, *rest, tried[best][0]), ends=True)
+
+
+def _is_narrowest(where: Space, chosen: Selection) -> bool:
+    counts = class_counts(where.cmap, chosen.keep)
+    return all(n == own[0] for n, own in zip(counts, where.levels, strict=True))
+
+
+def _passes(where: Space, before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether one of the shares of the way is passed where a look is taken; in powers of what is asked."""
+    old, new = (where.cost.ratio("latency", class_counts(where.cmap, keep)) for keep in (before, after))
+    return any(new <= _asked(where) ** share < old for share in EARLY)
+
+
+def _asked(where: Space) -> float:
+    return next(target.ratio for target in where.targets if target.kind == "latency")
 
 
 def _look(where: Space, chosen: Selection, measure: Callable[[np.ndarray], float]) -> Look:
-    asked = next(target.ratio for target in where.targets if target.kind == "latency")
     predicted = where.cost.ratio("latency", class_counts(where.cmap, chosen.keep))
-    return Look(asked / AIM, predicted, measure(chosen.keep))
+    return Look(_asked(where) / AIM, predicted, measure(chosen.keep))
 
 
 def _miss(look: Look) -> tuple[bool, float]:
-    return look.measured > look.asked * (1 + WITHIN), abs(look.measured / look.asked - AIM)
+    return not look.met, abs(look.measured / look.asked - AIM)
 
 
 def corrected(where: Space, factor: float) -> Space:

@@ -144,11 +144,10 @@ def measured(
 ) -> tuple[Meter, LatencyModel]:
     """The latency model of a network, from the run's own table, the shared one, or measured now.
 
-    config: aimed; place: the budget's or another. Raises TargetError where this machine lacks the device.
+    config: aimed; place: the budget's or another.
     """
     from deploy import latency_table, targets
 
-    aim.check_device(place.target.runner, place.target.name)
     setting = setting_of(place)
     shared = _Shared.of(config, place, folder, setting)
     path = shared.path if run is None else run / TABLE
@@ -230,5 +229,7 @@ def chosen(
             selection, where, ends = closed.selection, closed.where, closed.ends
             looks += closed.looks
         keep = selection.keep
-        if ends or selection.reached or not selection.removed:
+        if ends:
+            return keep, looks[-1].met, looks
+        if selection.reached or not selection.removed:
             return keep, selection.reached, looks

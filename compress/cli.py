@@ -21,7 +21,7 @@ from compress.cli_options import (
     set_option,
     verdict_options,
 )
-from compress.cli_run import bench_for, bring, pipeline, verdict
+from compress.cli_run import bench_for, bring, convert_for, pipeline, verdict
 from compress.command import Answer, Common, Program
 from compress.console import Screen, document
 from compress.errors import escape
@@ -243,6 +243,8 @@ STAGE_HELP = {
 
 
 OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "convert": click.option("--target", metavar="NAME", help="Make what `bench --target NAME` needs and "
+                            "the run has not."),
     "bench": click.option("--target", metavar="NAME", help="Measure for this target, beside the config's "
                           "own: a name, NAME-int8 and the like, or a .toml file."),
     "report": click.option("--bench", "documents", metavar="FILE", multiple=True, type=click.Path(),
@@ -258,7 +260,8 @@ def _stage_command(stage: str) -> click.Command:
         screen: Screen, config: str, overrides: tuple[str, ...], out: str | None, **given: Any
     ) -> Answer:
         if given.get("target"):
-            return bench_for(screen, config, overrides, out, given["target"])
+            other = {"convert": convert_for, "bench": bench_for}[stage]
+            return other(screen, config, overrides, out, given["target"])
         if given.get("documents"):
             bring(config, overrides, out, given["documents"])
         if stage == "gate":
@@ -291,7 +294,7 @@ def compare(
 ) -> Answer:  # fmt: skip
     """Compare two models: outputs, size and speed. Exits with 5 when the outputs differ.
 
-    A and B are .onnx, .pt2 or .graph.json files, or the folders of runs.
+    A and B are .onnx, .pt2, .graph.json or .engine files, or the folders of runs. An engine needs its GPU.
     """
     from compress.show import show_compare
 

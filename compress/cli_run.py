@@ -82,8 +82,26 @@ def bench_for(screen: Screen, config: str, overrides: Sequence[str], out: str | 
             interval = f"{row['low']:.2f} to {row['high']:.2f}"
             where = f"{found['target']['name']}: {row['runner']} {row['precision']}, batch {row['batch']}"
             screen.out.print(f"{where}: {row['ratio']:.2f}x ({interval}), {row['verdict']}", highlight=False)
+        for row in found["streams"]:
+            where = f"{row['model']}, {row['runner']} {row['precision']}, batch {row['batch']}"
+            said = row["failure"] or f"{row['per_s']:,.0f} examples per second"
+            screen.out.print(f"{where}, {row['streams']} streams: {said}", highlight=False)
 
     return Answer({"bench": found}, show)
+
+
+def convert_for(
+    screen: Screen, config: str, overrides: Sequence[str], out: str | None, target: str
+) -> Answer:
+    """Make the files that another target than the config's needs."""
+    loaded, folder = load(config, overrides, out)
+    with screen.events("loading torch") as events:
+        from compress import pipeline as stages
+        from compress.variants import described
+
+        found = stages.convert_for(loaded, folder, target, events=events)
+    lines = [*map(described, found)] or [f"{target} runs the fp32 files"]
+    return Answer({"variants": found}, text="".join(f"{line}\n" for line in lines))
 
 
 def bring(config: str, overrides: Sequence[str], out: str | None, documents: Sequence[str]) -> None:

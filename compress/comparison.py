@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from compress import files, graphfile
-from compress.errors import ConfigError
+from compress.errors import ConfigError, IntegrityError
 from compress.program import load_program
 from compress.steps import Events, finite
 from compress.trace import from_program, placeholders
@@ -27,10 +28,11 @@ def compare(
     threads: int = 1,
     events: Events,
 ) -> dict[str, Any]:
-    """Compare two of: an ONNX file, a .pt2 file, a .graph.json, a run folder (its dense ONNX file).
+    """Compare two of: an ONNX, .pt2 or .graph.json file, an engine, a run folder (its dense ONNX file).
 
     passed: every batch size agrees within `tolerance`. Raises ConfigError when an artifact is missing
-    or the two take inputs of different shapes.
+    or the two take inputs of different shapes, ArtifactError (exit 8) for an engine that this tool did not
+    build, RunnerError (exit 6) for one that does not run here.
     """
     from deploy import latency, parity, runners
 
@@ -40,21 +42,24 @@ def compare(
             f"{a} takes inputs {first['shapes']}, {b} takes {second['shapes']}", fix="compare like with like"
         )
     shapes = first["shapes"]
-    ours = runners.open_runner(first["runner"], first.pop("artifact"), threads)
-    theirs = runners.open_runner(second["runner"], second.pop("artifact"), threads)
-    same = parity.compare(ours.infer, theirs.infer, shapes, batches, tolerance, 0)
     rows: list[Any] = []
     ratios: list[Any] = []
-    for number, batch in enumerate(batches):
+    with ExitStack() as opened:
+        ours = runners.open_runner(first["runner"], first.pop("artifact"), threads)
+        opened.callback(ours.close)  # in reverse order: they restore the thread count
+        theirs = runners.open_runner(second["runner"], second.pop("artifact"), threads)
+        opened.callback(theirs.close)
+        if ours.timed != theirs.timed:
+            events.note(f"the times span different things: {ours.timed} in a, {theirs.timed} in b")
+        same = parity.compare(ours.infer, theirs.infer, shapes, batches, tolerance, 0)
+        for number, batch in enumerate(batches):
 
-        def show(done: int, of: int, number: int = number, batch: int = batch) -> None:
-            events.progress("compare", number + done / of, len(batches), f"batch {batch}")
+            def show(done: int, of: int, number: int = number, batch: int = batch) -> None:
+                events.progress("compare", number + done / of, len(batches), f"batch {batch}")
 
-        found = latency.measure({"a": ours, "b": theirs}, shapes, batch, repeats, seconds, progress=show)
-        rows += [finite(row.as_dict()) for row in found.latency]
-        ratios += [finite(asdict(ratio)) for ratio in found.speedup]
-    theirs.close()
-    ours.close()
+            found = latency.measure({"a": ours, "b": theirs}, shapes, batch, repeats, seconds, progress=show)
+            rows += [finite(row.as_dict()) for row in found.latency]
+            ratios += [finite(asdict(ratio)) for ratio in found.speedup]
     return {
         "a": first,
         "b": second,
@@ -76,7 +81,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         path = path / "dense.onnx"
     if not path.is_file():
         raise ConfigError(
-            "no such file", str(path), "give an ONNX, .pt2 or .graph.json file, or a run's folder"
+            "no such file", str(path), "give an ONNX, .pt2, .graph.json or .engine file, or a run's folder"
         )
     facts: dict[str, Any] = {"path": str(path), "sha256": files.sha256(path), "bytes": path.stat().st_size}
     if path.name.endswith(".graph.json"):
@@ -91,11 +96,26 @@ def _artifact(path: Path) -> dict[str, Any]:
         return {**facts, "runner": "torch", "shapes": shapes, "artifact": net}
     if path.suffix == ".onnx":
         return {**facts, "runner": "onnxruntime", "shapes": _onnx_shapes(path), "artifact": path}
+    if path.suffix == ".engine":
+        return {**facts, **_engine_facts(path), "artifact": path}
     raise ConfigError(
         f"cannot compare a {path.suffix or 'file without ending'}",
         str(path),
-        "give .onnx, .pt2 or .graph.json",
+        "give .onnx, .pt2, .graph.json or .engine",
     )
+
+
+def _engine_facts(path: Path) -> dict[str, Any]:
+    """Library and inputs by the sidecar; the runner checks the engine against it before it loads it."""
+    from deploy.engines import read_sidecar, sidecar_path
+
+    sidecar = read_sidecar(path)
+    try:
+        shapes = [list(port["shape"][1:]) for port in sidecar["inputs"]]
+        return {"runner": str(sidecar["library"]), "shapes": shapes}
+    except (KeyError, TypeError) as error:
+        what = f"does not say what the engine takes: {error!r}"
+        raise IntegrityError(what, str(sidecar_path(path)), "build the engine again") from error
 
 
 def _program_shapes(program: torch.export.ExportedProgram, count: int) -> list[list[Any]]:

@@ -1,8 +1,7 @@
-"""Crash safety: the one place that writes files, hashes them and locks a folder.
+"""Crash safety: the one place of a run that writes files, hashes them and locks its folder.
 
-A file becomes visible under its name only when it is whole and on the disk: it is written in a scratch folder
-beside its destination, flushed (fsync), renamed (``os.replace``, atomic within one file system), and the
-folder's entry is flushed too. Whatever stops the process in between, the old file stays as it was.
+A file becomes visible under its name only when it is whole and on the disk (`deploy.files` says how); what
+goes wrong is said with what to do about it.
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import json
 import math
 import os
 import re
-import secrets
 import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,13 +24,12 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 
 from compress.errors import CompressError, ConfigError, IntegrityError, LockedError, ResourceError
+from deploy.files import SCRATCH, flush_folder, live, publish, scratch
 
 JSON_BYTES = 256 * 2**20  # the largest JSON file read back; ours are far smaller
 LOCK_NAME = ".lock"
 HOLDER_NAME = ".holder.json"
 
-_SCRATCH = re.compile(r"\.part-(\d+)-[0-9a-f]{8}")
-_live: set[str] = set()  # scratch folders this process is writing in now
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _EXHAUSTED = _FULL | {errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Native writers report a full disk in words of their own, not as an OSError.
@@ -49,12 +46,12 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     ResourceError that names ``path`` and the free bytes; a place that cannot be written to is a ConfigError.
     """
     target = Path(path)
-    with _scratch(target) as scratch:
-        temporary = scratch / target.name
+    with _scratch(target) as beside:
+        temporary = beside / target.name
         try:
             yield temporary
         except OSError as error:
-            if error.errno in _EXHAUSTED or _is_within(error.filename, scratch):
+            if error.errno in _EXHAUSTED or _is_within(error.filename, beside):
                 _refuse(error, target)
             raise
         except CompressError:
@@ -66,7 +63,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         if not temporary.exists():
             raise FileNotFoundError(errno.ENOENT, "nothing was written to the path that whole() gave", path)
         try:
-            _publish(temporary, target)
+            publish(temporary, target)
         except OSError as error:
             _refuse(error, target)
 
@@ -80,8 +77,8 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.abspath(path))
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError("is there already", os.fspath(path), "give the name of a new folder")
-    with _scratch(target) as scratch:
-        temporary = scratch / target.name
+    with _scratch(target) as beside:
+        temporary = beside / target.name
         try:
             temporary.mkdir()
             yield temporary
@@ -89,9 +86,9 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 for name in names:
                     _flush(Path(parent, name))
             os.replace(temporary, target)
-            _flush_folder(target.parent)
+            flush_folder(target.parent)
         except OSError as error:
-            if error.errno in _EXHAUSTED or _is_within(error.filename, scratch):
+            if error.errno in _EXHAUSTED or _is_within(error.filename, beside):
                 _refuse(error, target)
             raise
 
@@ -104,42 +101,12 @@ def _flush(path: Path) -> None:
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
     """An empty folder beside ``target``, removed at the end; its name tells whose it is (see `clean`)."""
-    folder = target.parent / f".part-{os.getpid()}-{secrets.token_hex(4)}"
-    _live.add(folder.name)
-    try:
+    with ExitStack() as opened:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
+            folder = opened.enter_context(scratch(target))
         except OSError as error:
             _refuse(error, target)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _live.discard(folder.name)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    # Some writers (safetensors) create files for their owner only: use the mode that the umask asks for.
-    mode = stat.S_IMODE(temporary.parent.stat().st_mode) & 0o666
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fchmod(descriptor, mode)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, target)
-    _flush_folder(target.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _refuse(error: OSError, path: Path) -> NoReturn:
@@ -180,10 +147,10 @@ def clean(folder: str | os.PathLike[str]) -> list[Path]:
     removed = []
     for parent, folders, _files in os.walk(folder):
         for name in list(folders):
-            match = _SCRATCH.fullmatch(name)
+            match = SCRATCH.fullmatch(name)
             if match:
                 folders.remove(name)
-                if name not in _live and not _is_other_process(int(match[1])):
+                if name not in live and not _is_other_process(int(match[1])):
                     shutil.rmtree(Path(parent, name), ignore_errors=True)
                     removed.append(Path(parent, name))
     return removed

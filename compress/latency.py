@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LEAST_SIZES = 2
 """Widths at which a layer that can be narrowed must have been measured."""
+POWERS = (0.25, 4.0)
+"""Between these lies the power of the sum of layers; noise on a network that hardly changes says anything."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +127,29 @@ class LatencyModel:
         return replace(cost, latency=self.products, latency_ms=self.original_ms)
 
 
-def fit(own: Sequence[Entry], others: Sequence[Entry], widths: Widths, block: int) -> LatencyModel:
+def fit(
+    own: Sequence[Entry],
+    others: Sequence[Entry],
+    widths: Widths,
+    block: int,
+    movable: np.ndarray | None = None,
+) -> LatencyModel:
     """The model of a network from its own entries, the first of them unpruned, and those of other networks.
 
-    block: channels that the target computes at once. Raises ModelError for a layer that the entries do not
-    describe: nothing is guessed.
+    block: channels that the target computes at once. movable: bool (classes,), those that have more than one
+    width; None: all. Raises ModelError for a layer that the entries do not describe: nothing is guessed.
     """
-    whole = _fitted(own, others, widths, block)
+    movable = np.ones(widths.weight.shape[-1], dtype=bool) if movable is None else movable
+    can_change = {
+        name: bool(w[:, movable].any()) for name, w in zip(widths.names, widths.weight, strict=True)
+    }
+    whole = _fitted(own, others, widths, block, can_change)
     errors = []
     if len(own) > 3:
         for out in range(1, len(own)):
             rest = [entry for number, entry in enumerate(own) if number != out]
             try:
-                without = _fitted(rest, others, widths, block)
+                without = _fitted(rest, others, widths, block, can_change)
             except ModelError:
                 continue
             predicted = without.ms(np.array(own[out].counts)) / without.original_ms
@@ -146,17 +158,22 @@ def fit(own: Sequence[Entry], others: Sequence[Entry], widths: Widths, block: in
     return replace(whole, error=error)
 
 
-def _fitted(own: Sequence[Entry], others: Sequence[Entry], widths: Widths, block: int) -> LatencyModel:
+def _fitted(
+    own: Sequence[Entry],
+    others: Sequence[Entry],
+    widths: Widths,
+    block: int,
+    can_change: Mapping[str, bool],
+) -> LatencyModel:
     first = own[0]
     usual = float(np.median([entry.original_ms for entry in own]))
     samples = _samples([*own, *others], usual, {entry.model for entry in own})
-    coefficients: dict[str, np.ndarray] = {}
+    _refuse_unseen(first, samples, can_change)
+    coefficients = {kind: _coefficients(samples[kind], block) for kind in {row.kind for row in first.rows}}
     columns = {name: number for number, name in enumerate(widths.names)}
     factors, bases, weights, layers = [], [], [], []
     for row in first.rows:
-        at = columns.get(row.name.partition(" > ")[0])
-        if row.kind not in coefficients:
-            coefficients[row.kind] = _coefficients(row.name, samples[row.kind], widths, at, block)
+        at = columns.get(_anchor(row.name))
         a, b = _sides(widths, at)
         for c, sides in zip(coefficients[row.kind], ((), (a,), (b,), (a, b)), strict=True):
             if c > 0:
@@ -178,7 +195,7 @@ def _to_power(products: Products, own: Sequence[Entry], usual: float) -> Product
     """The sum to the power that fits the networks best, and scaled to the unpruned one (the first)."""
     sums = np.array([products.total(np.array(entry.counts)) for entry in own])
     left, measured = np.log(sums / sums[0]), np.log([entry.ratio for entry in own])
-    power = float(left @ measured / (left @ left)) if left.any() else 1.0
+    power = float(np.clip(left @ measured / (left @ left), *POWERS)) if left.any() else 1.0
     scale = usual ** (1 / power) / sums[0]
     return replace(products, factor=products.factor * scale, power=power)
 
@@ -205,21 +222,29 @@ def _samples(entries: Sequence[Entry], usual: float, own: set[str]) -> dict[str,
     return found
 
 
-def _coefficients(
-    name: str, samples: Sequence[Sample], widths: Widths, at: int | None, block: int
-) -> np.ndarray:
-    """c0 to c3 of a kind of layer. Weights lie between those of relative errors and of absolute ones, so that
-    narrow layers count, and wide ones, where the time goes, too."""
-    can_change = at is not None and bool(widths.weight[at].any())
-    seen = {size for size, _ in samples}
-    if can_change and len(seen) < LEAST_SIZES:
-        what = f"the latency of {name} was measured at {len(seen)} widths only"
-        raise ModelError(what, "budget", "measure more networks: delete the table, or give budget.networks")
+def _refuse_unseen(
+    first: Entry, samples: Mapping[str, Sequence[Sample]], can_change: Mapping[str, bool]
+) -> None:
+    for row in first.rows:
+        seen = {size for size, _ in samples[row.kind]}
+        if can_change.get(_anchor(row.name)) and len(seen) < LEAST_SIZES:
+            what = f"the latency of {row.name} was measured at {len(seen)} width only, but it can be narrowed"
+            raise ModelError(what, "budget", "delete the table of latencies, and they are measured anew")
+
+
+def _anchor(name: str) -> str:
+    """The layer with parameters that a row belongs to or follows."""
+    return name.partition(" > ")[0]
+
+
+def _coefficients(samples: Sequence[Sample], block: int) -> np.ndarray:
+    """c0 to c3 of a kind of layer; c0 alone where it has one width. Weights lie between those of relative
+    errors and of absolute ones, so that narrow layers count, and wide ones, where the time goes, too."""
     sizes = in_blocks(np.array([size for size, _ in samples], dtype=float), block)
     ms = np.array([value for _, value in samples])
-    features = np.stack([np.ones(len(ms)), sizes[:, 0], sizes[:, 1], sizes.prod(1)], axis=1)
-    if not can_change:
+    if len({size for size, _ in samples}) < LEAST_SIZES:
         return np.array([float(np.median(ms)), 0.0, 0.0, 0.0])
+    features = np.stack([np.ones(len(ms)), sizes[:, 0], sizes[:, 1], sizes.prod(1)], axis=1)
     scale = np.maximum(features.max(axis=0), 1e-12)
     importance = np.maximum(ms, 1e-3 * max(float(ms.max()), 1e-9)) ** -0.75
     found, _ = nnls(features / scale * importance[:, None], ms * importance)

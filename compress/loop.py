@@ -206,7 +206,8 @@ class _Run:
             self.good = (copy.deepcopy(self.net.state_dict()), self.keep.copy())
         chosen = self._chosen(distributed.from_main(self.scorer.scores()))
         if not chosen.removed:
-            self.state.stop_reason = "every layer is at its least width"
+            at_least = "every layer is at its least width"
+            self.state.stop_reason = self._met() if self.state.ended else at_least
             return
         self._remember_columns(self.keep & ~chosen.keep)
         self.keep = chosen.keep
@@ -217,7 +218,7 @@ class _Run:
         if self.where.cost.latency is not None:
             entry = replace(entry, latency_ratio=ratio("latency", counts))
         self.state.history.append(entry)
-        self.state.reached = chosen.reached
+        self.state.reached = chosen.reached or self.state.ended
 
     def _chosen(self, scores: np.ndarray) -> Selection:
         """What stays after the next removal."""
@@ -403,9 +404,10 @@ class _Run:
         if not self.state.ended:
             return "target met"
         look = self.state.looks[-1]
-        self.state.reached = look.near
+        self.state.reached = look.met
         said = f"{look.measured:.1%} of the original's latency measured, {look.asked:.1%} asked for"
-        return f"target met: {said}" if look.near else f"{said}: the widths allowed have nothing nearer"
+        said += "" if look.near else "; the widths allowed and other budgets have nothing nearer"
+        return f"target met: {said}" if look.met else said
 
     def _back(self, reason: str) -> None:
         """Undo the last removal: the network as it was right before it."""

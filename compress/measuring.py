@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from compress import aim, files, profiling, variants
 from compress.config import BenchConfig
 from compress.errors import ConfigError, IntegrityError, Interrupted
 from compress.opening import Opener
+from compress.schema import EngineConfig
 from compress.steps import Done, Work, finite
 from compress.variants import MODELS
+from deploy import targets
 from deploy.runners import ENGINE_KINDS
 
 SCHEMA_VERSION = 1
@@ -58,15 +60,54 @@ def measure(work: Work) -> dict[str, Any]:
         "models": _hashes_of(work.run),
         "machine": machine.describe(),
         "choice": choice,
+        "variants": opener.variants,
         "engines": opener.engines,
         "latency": [],
         "speedup": [],
         "overall": [],
+        "streams": [],
     }
     for number, (kind, batch) in enumerate(itertools.product(kinds, batches)):
         _add(document, opener, kind, batch, precision, (number, len(kinds) * len(batches)))
+    if bench.streams is not None:
+        gpus = [kind for kind in kinds if kind not in aim.ON_CPU]
+        document["streams"] = _streams(opener, gpus, precision)
     document["profile"] = _profile(opener, document, precision)
     return document
+
+
+def _streams(opener: Opener, kinds: Sequence[str], precision: str) -> list[dict[str, Any]]:
+    """Throughput of both models with `bench.streams` calls under way at once, after the latencies."""
+    bench = opener.work.config.bench
+    places = [*itertools.product(kinds, bench.batches or [1], MODELS)]
+    found = []
+    for number, (kind, batch, model) in enumerate(places):
+        opener.work.events.progress(
+            "bench", number, len(places), f"{kind}, batch {batch}, {bench.streams} streams"
+        )
+        _stop_between(opener.work)
+        own = "fp32" if kind.startswith("torch") else precision
+        found.append({"model": model, "precision": own, **_throughput(opener, kind, batch, model, own)})
+    return found
+
+
+def _throughput(opener: Opener, kind: str, batch: int, model: str, precision: str) -> dict[str, Any]:
+    """One row; failure: why it could not be measured, with null for every figure."""
+    from deploy import gpu_latency, parity, runners
+
+    work, count = opener.work, opener.work.config.bench.streams or 1
+    inputs = parity.normal_inputs(work.shapes, batch, work.config.seed)
+    with ExitStack() as opened:
+        several = opener.several(opened, kind, model, precision, count)
+        if any(runner.stream is None for runner in several):
+            why = "the runtime keeps its stream to itself, so its calls cannot overlap"
+            nothing = {"calls": None, "seconds": None, "per_s": None, "failure": why}
+            return {"runner": kind, "streams": count, "batch": batch, **nothing}
+        for runner in several:
+            runner.prepare(inputs)
+            runners.check_outputs(runner)
+        row = asdict(gpu_latency.throughput(several, batch, work.config.bench.seconds))
+    return row | {"failure": ""}
 
 
 def _profile(opener: Opener, document: Mapping[str, Any], precision: str) -> dict[str, Any] | None:
@@ -75,7 +116,7 @@ def _profile(opener: Opener, document: Mapping[str, Any], precision: str) -> dic
         artifacts: dict[str, Any] = {}
         for name in MODELS:
             runner = opener.open(opened, kind, name, precision) if kind in ENGINE_KINDS else None
-            artifacts[name] = (work.run / variants.file_name(name, precision), runner)
+            artifacts[name] = (opener.onnx(name, precision, kind), runner)
         return profiling.profile(work, document, artifacts)
 
 
@@ -190,13 +231,22 @@ def _stop_between(work: Work) -> None:
 # -- other targets ------------------------------------------------------------------------------------
 
 
+def aimed_at(work: Work, name: str) -> Work:
+    """The same run for another target than its config's."""
+    own, on_cpu = work.config.bench, targets.load(name).runner in aim.ON_CPU
+    streams = None if on_cpu else own.streams
+    engine = EngineConfig(buffers=own.engine.buffers)  # how to build is a matter of the target
+    bench = BenchConfig(target=name, repeats=own.repeats, seconds=own.seconds, streams=streams, engine=engine)
+    # What is measured here is not judged: the gates and the budget are the own target's.
+    ungated = dict.fromkeys(("runner", "batch", "speedup", "latency_ms"))
+    gates = work.config.gates.model_copy(update=ungated)
+    other = aim.aimed(work.config.model_copy(update={"bench": bench, "gates": gates, "budget": None}))
+    return replace(work, config=other)
+
+
 def measure_other(work: Work, name: str) -> dict[str, Any]:
     """Measure for another target than the config's, and keep the document in the run's folder."""
-    bench = BenchConfig(target=name, repeats=work.config.bench.repeats, seconds=work.config.bench.seconds)
-    other = Work(
-        aim.aimed(work.config.model_copy(update={"bench": bench})),
-        work.folder, work.run, work.events, work.should_stop, work.command,
-    )  # fmt: skip
+    other = aimed_at(work, name)
     aim.check(other.config, here=True)
     document = measure(other)
     keep(work.run, document)

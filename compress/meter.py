@@ -86,7 +86,7 @@ class Meter:
 
     def calibrated(self) -> LatencyModel:
         """The model of this network, fitted to what the table has and, where that is not enough, to more."""
-        if len(self.table.of(self.model)) > NETWORKS:
+        if len(self.table.of(self.model)) > NETWORKS and self.table.find(self.model, self.full.tolist()):
             with suppress(ModelError):  # measured when other layers could be narrowed
                 return self.fitted()
         plans = [self.full, *designs(self.levels, NETWORKS)]
@@ -100,7 +100,8 @@ class Meter:
         own = self.table.of(self.model)
         others = [entry for entry in self.table.entries if entry.model != self.model]
         own.sort(key=lambda entry: -sum(entry.counts))  # the unpruned network comes first
-        return fit(own, others, self.widths, self.block)
+        movable = np.array([len(widths) > 1 for widths in self.levels])
+        return fit(own, others, self.widths, self.block, movable)
 
     def ratio(self, keep: np.ndarray) -> float:
         """The share of the unpruned latency that the network of keep (units,) really has."""

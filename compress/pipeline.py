@@ -14,13 +14,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress import aim, distributed, files, manifest, measuring, preview, variants
+from compress import aim, distributed, files, further, manifest, measuring, preview, variants
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
@@ -29,6 +29,7 @@ from compress.errors import ConfigError, Interrupted
 from compress.inspection import inspect
 from compress.manifest import StageRecord, verify
 from compress.measuring import bench_stage
+from compress.meter import setting_of
 from compress.release import export_stage, gate_stage, report_stage
 from compress.stages import STAGES
 from compress.steps import Done, Events, Work, finetune_stage, preflight, prune_stage, train_stage
@@ -43,6 +44,7 @@ __all__ = [
     "bench_for",
     "bring",
     "compare",
+    "convert_for",
     "front",
     "inspect",
     "look",
@@ -131,11 +133,14 @@ def run(
 
 
 def _to_do(run: Path, until: str | None, start: str | None, only: str | None, fresh: bool) -> Sequence[str]:
-    """The stages of a run, as far as one can tell before; latency that is on file is not measured again."""
+    """The stages of a run, as far as one can tell before; what measures latency and is on file is not done
+    again."""
     first, last = only or start or STAGES[0], only or until or STAGES[-1]
     stages = STAGES[STAGES.index(first) : STAGES.index(last) + 1]
-    on_file = not fresh and run.exists() and "bench" in manifest.load(run)
-    return stages if not on_file or only or start else [name for name in stages if name != "bench"]
+    if fresh or only or start or not run.exists():
+        return stages
+    on_file = {"prune", "bench"} & {*manifest.load(run)}
+    return [name for name in stages if name not in on_file]
 
 
 def bench_for(
@@ -151,6 +156,14 @@ def bench_for(
     work = Work(config, folder, folder / config.out, events, should_stop)
     with files.lock(work.run):
         return measuring.measure_other(work, target)
+
+
+def convert_for(config: Config, folder: Path, target: str, *, events: Events) -> list[dict[str, Any]]:
+    """Make the files that another target needs of an exported run, where the data are; their rows."""
+    config = aim.aimed(config)
+    work = Work(config, folder, folder / config.out, events, lambda: False)
+    with files.lock(work.run):
+        return further.prepare(measuring.aimed_at(work, target))
 
 
 def bring(config: Config, folder: Path, documents: Sequence[Path]) -> None:
@@ -205,7 +218,9 @@ def front(config: Config, folder: Path, target: str, *, events: Events) -> dict[
 
     Nothing is written but the table of latencies.
     """
-    work = Work(aim.aimed(config), folder, folder / config.out, events, lambda: False)
+    config = aim.aimed(config)
+    aim.check_place(aim.place(config, target), "--target", here=True, when="there", do="look")
+    work = Work(config, folder, folder / config.out, events, lambda: False)
     if config.data.name == NO_DATA:
         return preview.front_of_weights(work, target)
     return preview.front(work, _trained(work), target)
@@ -326,6 +341,8 @@ def _around(work: Work, name: str) -> dict[str, Callable[[], Any]]:
         found["weights"] = lambda: _weights_hash(work)
     if name == "prune":
         found["align"] = lambda: work.align
+        if work.config.budget is not None and work.config.budget.has_latency:
+            found["place"] = lambda: asdict(setting_of(aim.place(work.config)))
     if name == "report":
         found["targets"] = lambda: measuring.hashes(work.run)
     if name in ("report", "gate"):
@@ -344,6 +361,7 @@ def _parts(record: StageRecord) -> dict[str, Any]:
 
 WHAT = {"config": "its part of the config", "inputs": "a file of a stage before it", "data": "the data"}
 WHAT |= {"weights": "the model's weights", "align": "the alignment", "baseline": "the baseline"}
+WHAT |= {"place": "where latency is measured"}
 WHAT |= {"targets": "what other targets measured", "precisions": "the precisions"}
 
 

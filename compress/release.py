@@ -108,11 +108,12 @@ def gather(work: Work) -> dict[str, Any]:
         "latency": bench["latency"],
         "speedup": bench["speedup"],
         "overall": bench["overall"],
+        "streams": bench.get("streams", []),
         "target": bench["target"],
         "choice": bench["choice"],
         "engines": bench["engines"],
         "profile": bench["profile"],
-        "variants": work.read("convert.json")["variants"],
+        "variants": _variants(work, bench),
         "others": measuring.others(work),
         "provenance": {
             "versions": machine.versions(),
@@ -123,6 +124,13 @@ def gather(work: Work) -> dict[str, Any]:
             "artifacts": [{"path": name, **facts} for name, facts in artifacts.items()],
         },
     }
+
+
+def _variants(work: Work, bench: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run's own files in further precisions, then those that only the bench stage needed."""
+    own: list[dict[str, Any]] = work.read("convert.json")["variants"]
+    known = {row["file"] for row in own}
+    return [*own, *(row for row in bench.get("variants", ()) if row["file"] not in known)]
 
 
 def _shipped(work: Work, precision: str) -> dict[str, Any] | None:

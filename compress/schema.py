@@ -278,7 +278,7 @@ class ExportConfig(Section):
 
 
 class EngineConfig(Section):
-    """How TensorRT and TensorRT-RTX build; null leaves it to them."""
+    """How TensorRT and TensorRT-RTX build (null leaves it to them) and run."""
 
     workspace_mib: Count | None = Field(default=None, description="most scratch memory, MiB")
     builder_level: int | None = Field(
@@ -288,6 +288,9 @@ class EngineConfig(Section):
     version_compatible: bool = Field(default=False, description="later versions of the library run it too")
     compute_capability: Name | None = Field(
         default=None, description='tensorrt_rtx: for this GPU, such as "8.9"'
+    )
+    buffers: Literal["torch", "pycuda"] = Field(
+        default="torch", description="whose memory and stream an engine runs with: torch, pycuda"
     )
 
 
@@ -309,6 +312,9 @@ class BenchConfig(Section):
     threads: Count | None = Field(default=None, description="CPU threads; null: the target's")
     runners: Annotated[list[Name], Field(min_length=1)] | None = Field(
         default=None, description="what runs the model; null: PyTorch and the target's runner"
+    )
+    streams: int | None = Field(
+        default=None, ge=1, le=64, description="CUDA streams to measure throughput with, apart; null: do not"
     )
     engine: EngineConfig = Field(
         default_factory=EngineConfig, description="of TensorRT: {workspace_mib: 1024, builder_level: 5, ...}"

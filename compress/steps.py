@@ -197,7 +197,7 @@ def evaluation(found: Evaluation) -> dict[str, Any]:
 
 def preflight(work: Work, stages: Sequence[str] = STAGES) -> None:
     """Find out before hours of training what would stop one of `stages` after them."""
-    aim.check(work.config, here="bench" in stages)
+    aim.check(work.config, here="bench" in stages, prunes="prune" in stages)
     if {"train", "prune", "finetune"} & {*stages}:
         assert work.device
 

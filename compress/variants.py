@@ -1,9 +1,12 @@
-"""The convert stage: both ONNX files in further precisions, each measured on the test examples."""
+"""The convert stage: both ONNX files in further precisions, each measured on the test examples.
+
+`further` makes files for other targets with the same `Source` and `variant`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,24 +45,23 @@ def file_name(model: str, precision: str) -> str:
 def convert_stage(work: Work) -> Done:
     """Write the variants, and hold each against the fp32 file and the test examples."""
     plans = [(precision, model) for precision in wanted(work.config) for model in MODELS]
-    if plans and work.read("train.json")["parts"] is not None:
-        what = "only a model that is traced whole can be brought to other precisions"
-        raise ConfigError(what, "export.precisions", "leave them out, and bench in fp32")
-    rows, models = [], {name: _model(work, name) for name in MODELS} if plans else {}
+    runner = aim.target(work.config).runner
+    rows, models = [], {name: source(work, name) for name in MODELS} if plans else {}
     for done, (precision, name) in enumerate(plans):
         work.events.progress("convert", done, len(plans), f"{name} {precision}")
-        rows.append(_variant(work, models[name], precision))
-    said = ", ".join(f"{row['file']} {_share(row['accuracy']['value'])}" for row in rows)
+        rows.append(variant(work, models[name], precision, file_name(name, precision), runner))
     outputs = [*(row["file"] for row in rows), work.write("convert.json", {"variants": rows})]
-    return Done(outputs, said or "no further precision is asked for")
+    return Done(outputs, ", ".join(map(described, rows)) or "no further precision is asked for")
 
 
-def _share(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2%}"
+def described(row: Mapping[str, Any]) -> str:
+    """A variant's file and accuracy, in words."""
+    value = row["accuracy"]["value"]
+    return f"{row['file']} {'not measured' if value is None else f'{value:.2%}'}"
 
 
 @dataclass(frozen=True)
-class _Model:
+class Source:
     """What all variants of a model are made from. calibration, inputs: batches of training and of test
     examples as the net is called with them. accuracy: of the fp32 network, as its stage measured it."""
 
@@ -70,31 +72,34 @@ class _Model:
     accuracy: dict[str, Any]
 
 
-def _model(work: Work, name: str) -> _Model:
+def source(work: Work, name: str) -> Source:
+    """A model's net with its examples. Raises ConfigError for one that is not traced whole."""
+    if work.read("train.json")["parts"] is not None:
+        what = "only a model that is traced whole can be brought to other precisions"
+        raise ConfigError(what, "export.precisions", "leave them out, and bench in fp32")
     net, stage = work.load(name), {"original": "train", "dense": "finetune"}[name]
     calibration = _seen(net, work.config.export.calibration_images, lambda given: _train_on(work, given))
     inputs = _seen(net, COMPARED, lambda given: work.task.evaluate(given, "test"))
-    return _Model(name, net, calibration, inputs, work.read(f"{stage}.json")["accuracy"])
+    return Source(name, net, calibration, inputs, work.read(f"{stage}.json")["accuracy"])
 
 
-def _variant(work: Work, model: _Model, precision: str) -> dict[str, Any]:
-    """Convert one file and measure it, with ONNX Runtime on this CPU."""
+def variant(work: Work, model: Source, precision: str, file: str, runner: str) -> dict[str, Any]:
+    """Write `file`, a path in the run, for a kind of runner, and measure it with ONNX Runtime on this CPU."""
     from deploy import precision as precisions
 
     keep = work.config.export.keep_fp32
-    source, path = work.run / f"{model.name}.onnx", work.run / file_name(model.name, precision)
+    plain, path = work.run / f"{model.name}.onnx", work.run / file
     with files.whole(path) as temporary:
         made = precisions.convert(
-            source, temporary, precision,
-            calibration=model.calibration, keep=() if keep == "none" else keep,
-            runner=aim.target(work.config).runner,
+            plain, temporary, precision,
+            calibration=model.calibration, keep=() if keep == "none" else keep, runner=runner,
         )  # fmt: skip
-    row = {"model": model.name, "file": path.name, **asdict(made)}
+    row = {"model": model.name, "file": file, "runner": runner, **asdict(made)}
     row.pop("seconds")  # the same run gives the same files
-    return row | _measured(work, model, source, path, precision)
+    return row | _measured(work, model, plain, path, precision)
 
 
-def _measured(work: Work, model: _Model, source: Path, path: Path, precision: str) -> dict[str, Any]:
+def _measured(work: Work, model: Source, plain: Path, path: Path, precision: str) -> dict[str, Any]:
     """A variant on test examples; failure: why it cannot be measured on this CPU."""
     from deploy import precision as precisions
     from deploy import runners
@@ -106,7 +111,7 @@ def _measured(work: Work, model: _Model, source: Path, path: Path, precision: st
         return nothing | {"failure": WRONG_HERE[precision]}
     with contextlib.ExitStack() as opened:
         try:
-            reference, candidate = (runners.open_runner("onnxruntime", p) for p in (source, path))
+            reference, candidate = (runners.open_runner("onnxruntime", p) for p in (plain, path))
             opened.callback(candidate.close)
             opened.callback(reference.close)
             found = precisions.evaluate(reference, candidate, [(batch, None) for batch in model.inputs])

@@ -119,13 +119,19 @@ def read(path: Path, setting: Setting) -> Table:
             raise ValueError(f"schema_version {document['schema_version']}")
         found = Setting(**document["setting"])
         entries, looks = ([_entry(entry) for entry in document[key]] for key in ("entries", "looks"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"is no table of latencies: {error}"
+    except OSError as error:
+        raise ArtifactError(f"cannot read it: {error.strerror}", path.name, "check the path") from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        what = f"is no table of latencies: {_said(error)}"
         raise ArtifactError(what, path.name, "delete it, and it is measured anew") from None
     if differs := setting.differs(found):
         fix = "give another file, or none: then it is measured here"
         raise MeasureError(f"was measured elsewhere: {differs}", path.name, fix)
     return Table(setting, entries, looks)
+
+
+def _said(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _entry(entry: Mapping[str, Any]) -> Entry:

@@ -6,8 +6,6 @@ is a flag of the engine.
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploy import files
 from deploy.errors import ArtifactError, DeployError, ExportError, MeasureError
 from deploy.half import at_opset, halved
 from deploy.latency import MINIMUM_EFFECT
@@ -48,6 +47,16 @@ class Converted:
     seconds: float = 0.0
 
 
+def family(precision: str, runner: str) -> str:
+    """Whom a file in `precision` is for: in int8 "cpu" (ONNX Runtime's kernels) or "gpu" (all others).
+
+    "" where one file serves every kind of `deploy.runners.KINDS`.
+    """
+    if precision != "int8":
+        return ""
+    return "cpu" if runner == "onnxruntime" else "gpu"
+
+
 def convert(
     onnx: Path,
     out: Path,
@@ -62,8 +71,8 @@ def convert(
     `calibration`: batches, each a tuple of one array per input; int8 and fp8 need them for their ranges, and
     fp16 leaves what goes beyond its range in fp32 if it has them. `keep`: what stays in fp32, by name of a
     node or of a module ("layer1.0.conv1"); "first_last" means the first and the last layer of an int8 or fp8
-    file, and nothing for the others. `runner` is who int8 is for (`deploy.runners.KINDS`): ONNX Runtime's CPU
-    kernels want it unsigned, all others signed. Raises ExportError for what cannot be converted as asked,
+    file, and nothing for the others. `runner` is who int8 is for (see `family`): ONNX Runtime's CPU kernels
+    want it unsigned, all others signed. Raises ExportError for what cannot be converted as asked,
     ArtifactError for a missing, damaged or no longer fp32 model.
     """
     begin = time.perf_counter()
@@ -125,7 +134,7 @@ def _converted(
         done = halved(plain, precision, () if isinstance(names, str) else names, found)
     else:
         plain = at_opset(plain, _FP8_OPSET, precision) if precision == "fp8" else plain
-        done = quantized(plain, precision, batches or (), names, signed=runner != "onnxruntime")
+        done = quantized(plain, precision, batches or (), names, signed=family(precision, runner) != "cpu")
     made: ModelProto = done.model
     empty(made)
     made.metadata_props.extend(before[0])
@@ -205,18 +214,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing: a temporary file beside `path`, renamed when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.write(path, content)
     except OSError as error:
         raise ArtifactError(f"cannot be written: {error.strerror}", str(path), "check the folder") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

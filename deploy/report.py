@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import budget_view, charts, gate, profile_view, tables
+from deploy import budget_view, charts, gate, profile_view, streams_view, tables
 from deploy.tables import NOT_MEASURED, NOT_RECORDED
 from deploy.values import (
     entries,
@@ -112,6 +112,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "overall": tables.overall(results),
         "precisions": tables.precisions(results),
         "targets": tables.targets(results),
+        "streams": streams_view.table(results),
         "profile": profile_view.table(profile) if profile else None,
         "profile_said": profile_view.sentences(profile) if profile else [],
         "latency": tables.latency(results),

@@ -28,6 +28,7 @@ def resize(source: Path, path: Path, shapes: Mapping[str, Sequence[int]]) -> boo
 
     model = onnx.load(source)
     graph = model.graph
+    before = {entry.name: tuple(entry.dims) for entry in graph.initializer}
     random, dims = np.random.default_rng(0), {}
     for number, entry in enumerate(graph.initializer):
         if entry.data_type != onnx.TensorProto.FLOAT or int(np.prod(entry.dims)) <= 1:
@@ -40,7 +41,8 @@ def resize(source: Path, path: Path, shapes: Mapping[str, Sequence[int]]) -> boo
         values = (spread * random.standard_normal(shape)).astype(np.float32)
         graph.initializer[number].CopyFrom(onnx.numpy_helper.from_array(values, entry.name))
     for node in graph.node:
-        _regroup(node, dims)
+        if not _regroup(node, before, dims):
+            return False
     del graph.value_info[:]
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -57,12 +59,17 @@ def _shape(name: str, shapes: Mapping[str, Sequence[int]]) -> Shape | None:
     return (shapes[weight][0],) if weight != name and weight in shapes else None
 
 
-def _regroup(node: Any, dims: Mapping[str, Shape]) -> None:
-    """A depthwise convolution has as many groups as channels."""
-    weight = dims.get(node.input[1]) if node.op_type == "Conv" and len(node.input) > 1 else None
+def _regroup(node: Any, before: Mapping[str, Shape], after: Mapping[str, Shape]) -> bool:
+    """Fit the groups of a depthwise convolution to its channels. False for other groups: whether whole ones
+    left or the same channels of each, the weight's shape does not always tell."""
+    weight = node.input[1] if node.op_type == "Conv" else ""
     for entry in node.attribute:
-        if entry.name == "group" and entry.i > 1 and weight is not None and weight[1] == 1:
-            entry.i = weight[0]
+        if entry.name == "group" and entry.i > 1 and before.get(weight) != after.get(weight):
+            old, new = before[weight], after[weight]
+            if old[1] != 1:
+                return False
+            entry.i = entry.i * new[0] // old[0]
+    return True
 
 
 def same_network(a: Path, b: Path) -> bool:

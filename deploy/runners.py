@@ -66,13 +66,19 @@ class StagedRunner(Runner, Protocol):
 
 
 def open_runner(
-    kind: str, artifact: nn.Module | Path, threads: int = 1, *, precision: str = "fp32"
+    kind: str,
+    artifact: nn.Module | Path,
+    threads: int = 1,
+    *,
+    precision: str = "fp32",
+    buffers: str = "torch",
 ) -> Runner:
     """A runner of `kind` (one of KINDS): of a module for torch, an engine for TensorRT, else an ONNX file.
 
     `threads` is the number of CPU threads inside one operator. The module must be in eval mode; it is
     copied for the GPU, not for the CPU. `precision`: fp32 is strict (no TF32), tf32 is for GPUs; fp16 and
-    bf16 are for torch on a GPU, a file has its own. A torch runner sets the thread count of the whole
+    bf16 are for torch on a GPU, a file has its own. `buffers`: whose memory and stream an engine runs with,
+    torch's or pycuda's. A torch runner sets the thread count of the whole
     process until `close()`. Raises RunnerError for an unknown or unusable kind, ArtifactError for a damaged
     file.
     """
@@ -92,7 +98,7 @@ def open_runner(
     if kind in ENGINE_KINDS:
         from deploy.tensorrt_runner import open_tensorrt
 
-        return open_tensorrt(cast("Path", artifact), kind, threads)
+        return open_tensorrt(cast("Path", artifact), kind, threads, buffers=buffers)
     from deploy.ort_runners import open_ort
 
     return open_ort(kind, cast("Path", artifact), threads, precision)

@@ -157,21 +157,28 @@ def overall(results: Mapping[str, Any]) -> Table:
 
 
 def precisions(results: Mapping[str, Any]) -> Table:
-    """Every variant of both models, measured on real data."""
-    chosen = section(section(results, "choice"), "why")
-    body = []
-    for row in rows(results, "variants"):
-        why = chosen if row.get("model") == "dense" else {}
-        found = section(row, "accuracy")
-        kept = "; ".join(f"{count(n)}: {reason}" for reason, n in section(row, "why_kept").items())
-        body.append((
-            text(row.get("file")), model_word(row), text(row.get("precision")), count(row.get("bytes")),
-            measured(found.get("value"), percent), measured(row.get("relative"), scientific),
-            measured(row.get("agreement"), percent), text(row.get("nodes_low")), kept or "none",
-            text(row.get("failure"), text(why.get(str(row.get("precision"))), "")),
-        ))  # fmt: skip
+    """Every variant of both models, measured on real data; last those that only other targets timed."""
+    chosen, own = section(section(results, "choice"), "why"), rows(results, "variants")
+    apart = {
+        text(row.get("file")): row for found in rows(results, "others") for row in rows(found, "variants")
+    }
+    for row in own:
+        apart.pop(text(row.get("file")), None)
+    body = [_variant(row, chosen if row.get("model") == "dense" else {}) for row in own]
+    body += [_variant(row, {}) for row in apart.values()]
     headers = ("File", "Model", "Precision", "Bytes", "Accuracy", "Largest error", "Same top-1", "Converted")
     return Table((*headers, "Kept in fp32", "Remark"), "cttrrrrrtt", tuple(body))
+
+
+def _variant(row: Mapping[str, Any], why: Mapping[str, Any]) -> tuple[str, ...]:
+    found = section(row, "accuracy")
+    kept = "; ".join(f"{count(n)}: {reason}" for reason, n in section(row, "why_kept").items())
+    return (
+        text(row.get("file")), model_word(row), text(row.get("precision")), count(row.get("bytes")),
+        measured(found.get("value"), percent), measured(row.get("relative"), scientific),
+        measured(row.get("agreement"), percent), text(row.get("nodes_low")), kept or "none",
+        text(row.get("failure"), text(why.get(str(row.get("precision"))), "")),
+    )  # fmt: skip
 
 
 def targets(results: Mapping[str, Any]) -> Table:

@@ -8,23 +8,19 @@ Precision is not among the options: it lies in the ONNX file, as types, casts an
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
 import shlex
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy import errors
+from deploy import errors, files
 from deploy.engines import FORMAT, TOOL, check, gpu_here, read_sidecar, sidecar_path, system_here
 from deploy.errors import ArtifactError, DeployError, MeasureError, RunnerError
 from deploy.nvinfer import LIBRARIES, installed
@@ -100,7 +96,7 @@ def build(
         raise MeasureError(f"{library} builds for the GPU at hand", "compute_capability", "leave it out")
     source = _file_facts(onnx)
     gpu = gpu_here()
-    with _scratch(engine) as folder:
+    with files.scratch(engine) as folder:
         request = asdict(options) | {
             "library": library,
             "onnx": str(onnx),
@@ -179,18 +175,6 @@ def _command(
 # -- files ---------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, named as the pipeline's own, which it clears away if we are killed."""
-    folder = target.parent / f".part-{os.getpid()}-{secrets.token_hex(4)}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _publish_all(
     folder: Path, engine: Path, timing_cache: Path | None, sidecar: Any, layers: list[Any] | None
 ) -> None:
@@ -205,7 +189,7 @@ def _publish_all(
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         moves.append((cache, timing_cache))
     for temporary, target in moves:
-        _publish(temporary, target)
+        files.publish(temporary, target)
     if layers is None:
         layers_path.unlink(missing_ok=True)  # those of the engine before
 
@@ -213,23 +197,6 @@ def _publish_all(
 def _write_json(path: Path, document: Any) -> Path:
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    try:
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # -- command -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 
 from compress import aim, config
 from compress.config import Config
-from compress.errors import ConfigError, TargetError
+from compress.errors import CompressError, ConfigError, TargetError
 
 BASE = "version: 1\nmodel: {name: x:y, input_shape: [3, 8, 8]}\ndata: {name: mnist5k}\n"
 BOARD = """
@@ -70,6 +70,34 @@ def test_gates_on_what_the_target_does_not_measure(text: str, said: str) -> None
     assert str(caught.value).startswith(said)
 
 
+def test_pycuda_is_looked_for_before_engines_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(aim.importlib.util, "find_spec", lambda name: None)
+    asked = read("bench: {target: h100, engine: {buffers: pycuda}}")
+    aim.check(asked, here=False)
+    with pytest.raises(TargetError) as caught:
+        aim.check(asked, here=True)
+    assert str(caught.value) == (
+        "bench.engine.buffers: pycuda is not installed; "
+        "pip install 'compress-release[pycuda]', or set it to torch"
+    )
+    monkeypatch.setattr(aim.importlib.util, "find_spec", lambda name: name)
+    aim.check(asked, here=True)
+
+
+def test_streams_are_of_gpus() -> None:
+    assert aim.aimed(read("bench: {target: h100, streams: 4}")).bench.streams == 4
+    assert aim.on_gpu(aim.aimed(read("bench: {target: h100}"))) == ["torch_cuda", "tensorrt"]
+    with pytest.raises(ConfigError) as caught:
+        aim.aimed(read("bench: {streams: 4}"))
+    assert str(caught.value) == (
+        "bench.streams: streams are of GPUs, and torch, onnxruntime run on the CPU; "
+        "set it to null, or bench on a GPU target"
+    )
+
+
 def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -82,3 +110,97 @@ def test_another_gpu_than_the_targets_is_refused(monkeypatch: pytest.MonkeyPatch
     ) as caught:
         aim.check(read("bench: {target: l4}"), here=True)
     assert caught.value.exit_code == 6
+
+
+class TestBudget:
+    def test_its_place_is_the_targets(self, tmp_path: Path) -> None:
+        found = aim.aimed(read("budget: {latency_ratio: 0.5}"))
+        assert found.budget is not None
+        assert (found.budget.target, found.budget.batch) == ("cpu-ort", 32)
+        place = aim.place(found)
+        assert (place.target.name, place.precision, place.threads, place.batch) == ("cpu-ort", "fp32", 1, 32)
+        (tmp_path / "board.toml").write_text(BOARD)
+        other = (
+            f"budget: {{latency_ms: 2, target: {tmp_path / 'board.toml'}, batch: 3}}\nbench: {{threads: 4}}"
+        )
+        place = aim.place(aim.aimed(read(other)))
+        assert (place.target.name, place.precision, place.threads, place.batch) == ("board", "int8", 2, 3)
+        assert aim.align(read(other)) == 4  # also where nothing is filled in yet
+        own = aim.place(aim.aimed(read("budget: {latency_ms: 2}\nbench: {threads: 4, precision: int8}")))
+        assert (own.precision, own.threads) == ("int8", 4)
+        assert aim.aimed(aim.aimed(read(other))) == aim.aimed(read(other))
+
+    @pytest.mark.parametrize(
+        ("text", "asked"),
+        [
+            ("budget: {latency_ratio: 0.5}", (2.0, None, 32)),
+            ("budget: {latency_ms: 3, batch: 1}", (None, 3.0, 1)),
+            ("budget: {macs_ratio: 0.5}", (None, None, None)),
+            ("budget: {latency_ratio: 0.5}\ngates: {batch: 1}", (2.0, None, 1)),
+            ("budget: {latency_ratio: 0.5, batch: 32}\ngates: {batch: 1}", (None, None, 1)),
+            ("budget: {latency_ratio: 0.5}\ngates: {speedup: 1.5}", (1.5, None, 32)),
+            ("budget: {latency_ratio: 0.5}\ngates: {speedup: null}", (None, None, 32)),
+            ("budget: {latency_ratio: 0.5, target: h100}", (None, None, None)),
+        ],
+    )
+    def test_the_gate_asks_for_what_was_pruned_for(
+        self, text: str, asked: tuple[float | None, float | None, int | None]
+    ) -> None:
+        gates = aim.aimed(read(text)).gates
+        assert (gates.speedup, gates.latency_ms, gates.batch) == asked
+
+    def test_what_the_target_asks_still_holds(self, tmp_path: Path) -> None:
+        (tmp_path / "board.toml").write_text(BOARD)
+        bench = f"bench: {{target: {tmp_path / 'board.toml'}}}\n"
+        gates = aim.aimed(read(f"{bench}budget: {{latency_ratio: 0.5}}")).gates
+        assert (gates.speedup, gates.latency_ms, gates.batch) == (2.0, 2.5, 3)
+        gates = aim.aimed(read(f"{bench}budget: {{latency_ms: 2}}")).gates
+        assert (gates.speedup, gates.latency_ms) == (1.5, 2.0)
+
+    @pytest.mark.parametrize(
+        ("text", "code", "said"),
+        [
+            (
+                "batch: 7",
+                3,
+                "budget.batch: this batch size is not measured, found 7; add it to bench.batches",
+            ),
+            ("target: cpu-rot", 3, "budget.target: unknown target 'cpu-rot'; use cpu-ort, "),
+            ("target: nowhere.toml", 3, "nowhere.toml: cannot read it: No such file or directory"),
+            (
+                "target: h100",
+                6,
+                "budget.target: h100 needs a CUDA device: latency is measured while pruning; prune where "
+                "there is one; see compress doctor",
+            ),
+        ],
+    )
+    def test_what_cannot_be_measured_is_told_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, text: str, code: int, said: str
+    ) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(CompressError) as caught:
+            aim.check(read(f"budget: {{latency_ms: 2, {text}}}"), here=True, prunes=True)
+        assert str(caught.value).startswith(said)
+        assert caught.value.exit_code == code
+        if code == 6:
+            aim.check(read(f"budget: {{latency_ms: 2, {text}}}"), here=True)  # only pruning needs the GPU
+
+    def test_a_runner_that_tells_of_no_layers(self, tmp_path: Path) -> None:
+        (tmp_path / "board.toml").write_text(BOARD.replace('"onnxruntime"', '"onnxruntime_cuda"'))
+        with pytest.raises(ConfigError) as caught:
+            aim.check(read(f"budget: {{latency_ms: 2, target: {tmp_path / 'board.toml'}}}"), here=False)
+        assert str(caught.value) == (
+            "budget.target: onnxruntime_cuda does not tell how long each layer takes; take a target of ONNX "
+            "Runtime on the CPU, TensorRT or torch"
+        )
+        assert caught.value.exit_code == 3
+
+    def test_another_gpu_than_the_budgets(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+        aim.check(read("budget: {latency_ms: 2, target: h100}"), here=True, prunes=True)
+        with pytest.raises(
+            TargetError, match=r"^budget\.target: the target l4 is for L4, here is NVIDIA H100"
+        ):
+            aim.check(read("budget: {latency_ms: 2, target: l4}"), here=True, prunes=True)

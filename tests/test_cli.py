@@ -663,6 +663,21 @@ def test_plan_shows_and_writes_the_plan(capfd: Capture, fake: Fake, monkeypatch:
     assert call(capfd, "plan")[1].startswith("FAIL  50.0 % of the MACs is out of reach: 21.6 % must stay\n")
 
 
+def test_files_for_another_target(capfd: Capture, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"file": "variants/dense.int8-gpu.onnx", "accuracy": {"value": 0.97}},
+            {"file": "variants/dense.fp8.onnx", "accuracy": {"value": None}}]  # fmt: skip
+
+    def convert_for(config: Any, folder: Path, target: str, *, events: Any) -> list[dict[str, Any]]:
+        return rows if target == "h100-int8" else []
+
+    monkeypatch.setattr(pipeline, "convert_for", convert_for)
+    code, out, _ = call(capfd, "convert", "--target", "h100-int8")
+    said = "variants/dense.int8-gpu.onnx 97.00%\nvariants/dense.fp8.onnx not measured\n"
+    assert (code, out) == (0, said)
+    assert call_json(capfd, "convert", "--target", "h100-int8")["result"] == {"variants": rows}
+    assert call(capfd, "convert", "--target", "cpu-ort")[1] == "cpu-ort runs the fp32 files\n"
+
+
 @pytest.mark.parametrize(("passed", "code", "word"), [(True, 0, "PASS"), (False, 5, "FAIL")])
 def test_compare_is_judged_by_parity(
     capfd: Capture, monkeypatch: pytest.MonkeyPatch, passed: bool, code: int, word: str

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 BASE = "version: 1\nmodel: {name: torchvision:resnet18, input_shape: [3, 32, 32]}\ndata: {name: mnist5k}\n"
 ALIAS = "write the value out where it is needed; quote text that starts with & or *"
 EXAMPLE = "make an example with: compress init"
-SECTIONS = "bench, data, device, export, finetune, gates, model, out, prune, recipe, seed, train, ..."
+SECTIONS = "bench, budget, data, device, export, finetune, gates, model, out, prune, recipe, seed, ..."
 TRAIN = {
     "epochs": 10,
     "optimizer": "sgd",
@@ -97,6 +97,7 @@ DEFAULTS: dict[str, Any] = {
         "max_loss_increase": None,
         "max_accuracy_drop": None,
     },
+    "budget": None,
     "finetune": TRAIN,
     "export": {
         "opset": None,
@@ -114,12 +115,14 @@ DEFAULTS: dict[str, Any] = {
         "seconds": 1.0,
         "threads": None,
         "runners": None,
+        "streams": None,
         "engine": {
             "workspace_mib": None,
             "builder_level": None,
             "refit": False,
             "version_compatible": False,
             "compute_capability": None,
+            "buffers": "torch",
         },
     },
     "gates": {
@@ -180,6 +183,15 @@ def test_one_ratio_replaces_the_default(ratio: str) -> None:
     assert loads(BASE + "prune: {macs_ratio: null}").prune.macs_ratio == 0.5
 
 
+@pytest.mark.parametrize("prune", ["", "prune: {macs_ratio: null}\n", "recipe: modern\n"])
+def test_a_budget_takes_the_place_of_the_default_ratio(prune: str) -> None:
+    config = loads(BASE + prune + "budget: {latency_ms: 2, params_ratio: 0.5}\n")
+    assert {key: getattr(config.prune, key) for key in RATIOS} == dict.fromkeys(RATIOS)
+    assert config.budget is not None
+    assert (config.budget.latency_ms, config.budget.params_ratio) == (2, 0.5)
+    assert Config.model_validate(to_dict(config)) == config
+
+
 def test_null_switches_off() -> None:
     config = loads(BASE + "finetune: null\ngates: {accuracy_drop: null}\n")
     assert config.finetune is None
@@ -233,7 +245,10 @@ def test_an_override_may_mend_the_file() -> None:
             "compress.yaml:5:3 prune.mac_ratio: unknown key; did you mean macs_ratio?",
         ),
         ("Seed: 1", "compress.yaml:4:1 Seed: unknown key; did you mean seed?"),
-        ("macs_ratio: 0.3", "compress.yaml:4:1 macs_ratio: unknown key; did you mean prune.macs_ratio?"),
+        (
+            "macs_ratio: 0.3",
+            "compress.yaml:4:1 macs_ratio: unknown key; did you mean prune.macs_ratio or budget.macs_ratio?",
+        ),
         ("epochs: 1", "compress.yaml:4:1 epochs: unknown key; did you mean train.epochs or finetune.epochs?"),
         (
             "export: {zzz: 1}",
@@ -331,6 +346,26 @@ def test_an_override_may_mend_the_file() -> None:
         ("bench: {seconds: .inf}", "compress.yaml:4:18 bench.seconds: expected a finite number, found .inf"),
         ("? [a]\n: 1", "compress.yaml:4:3 ?: a key must be text, found a list; put it in quotes"),
         ("model.name: x", "compress.yaml:4:1 model.name: unknown key; did you mean model?"),
+        (
+            "budget: {latency_ms: 2}\nprune:\n  params_ratio: 0.3",
+            "compress.yaml:6:17 prune.params_ratio: there is a budget too, which takes the place of "
+            "params_ratio; remove one of the two",
+        ),
+        (
+            "budget: {latency_ms: 2, latency_ratio: 0.5}",
+            "compress.yaml:4:40 budget.latency_ratio: give only one of latency_ms and latency_ratio; "
+            "found both",
+        ),
+        (
+            "budget: {batch: 1}",
+            "compress.yaml:4:9 budget: must name a limit; give latency_ms, latency_ratio, macs_ratio or "
+            "params_ratio",
+        ),
+        ("budget: {latency_ms: 0}", "compress.yaml:4:22 budget.latency_ms: must be more than 0, found 0"),
+        (
+            "budget: {latncy_ms: 1}",
+            "compress.yaml:4:10 budget.latncy_ms: unknown key; did you mean latency_ms?",
+        ),
     ],
 )
 def test_messages(extra: str, expected: str) -> None:
@@ -629,7 +664,9 @@ def test_the_templates_commented_lines_are_the_defaults() -> None:
     assert everything == live
     shown = {line.strip("# ").split(":")[0] for line in text.splitlines()}
     assert {
-        key.rpartition(".")[2] for key in keys(json_schema()) if not re.search(r"distill\.|engine\.", key)
+        key.rpartition(".")[2]
+        for key in keys(json_schema())
+        if not re.search(r"distill\.|engine\.|budget\.", key)
     } <= shown
 
 

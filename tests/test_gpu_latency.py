@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,66 +13,12 @@ from torch import nn
 from deploy.errors import MeasureError
 from deploy.gpu_latency import Stages, Stopwatch, enqueue_warning, throughput
 from deploy.latency import measure
-from deploy.runners import Array, StagedRunner, open_runner
+from deploy.runners import StagedRunner, open_runner
 from deploy.telemetry import Telemetry
-from tests.cuda_doubles import FakeCuda, FakeStream
+from tests.cuda_doubles import FakeCuda
+from tests.runner_doubles import Staged
 
 NO_CUDA = not torch.cuda.is_available()
-
-
-class Staged:
-    """Takes set seconds: `h2d`, `compute` and `d2h` of its stream, `enqueue_s` of the host."""
-
-    name, providers, threads, timed = "torch_cuda", ("cuda",), 1, "compute, inputs and outputs on the GPU"
-
-    def __init__(
-        self,
-        cuda: FakeCuda,
-        h2d: float = 0.001,
-        compute: float = 0.008,
-        d2h: float = 0.0005,
-        enqueue_s: float = 0.002,
-        stream: FakeStream | None = None,
-    ) -> None:
-        self.cuda, self.seconds, self.enqueue_s = cuda, (h2d, compute, d2h), enqueue_s
-        self.stream: Any = stream or cuda.Stream()
-        self.calls = 0
-
-    def _work(self, seconds: float) -> None:
-        if isinstance(self.stream, FakeStream):
-            self.stream.work(seconds)
-        else:
-            self.cuda.now += seconds
-
-    def prepare(self, inputs: Sequence[Array]) -> None: ...
-
-    def copy_in(self) -> None:
-        self._work(self.seconds[0])
-
-    def enqueue(self) -> None:
-        self.calls += 1
-        if self.stream is not None:
-            self.cuda.now += self.enqueue_s
-        self._work(self.seconds[1])
-
-    def copy_out(self) -> None:
-        self._work(self.seconds[2])
-
-    def __call__(self) -> Sequence[Any]:
-        self.enqueue()
-        if self.stream is not None:
-            self.stream.synchronize()
-        return ()
-
-    def poison(self) -> None: ...
-
-    def outputs(self) -> tuple[Array, ...]:
-        return ()
-
-    def infer(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
-        return ()
-
-    def close(self) -> None: ...
 
 
 def test_events_tell_the_stages_apart() -> None:

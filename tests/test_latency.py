@@ -15,6 +15,7 @@ from torch import nn
 from deploy.errors import MeasureError, RunnerError
 from deploy.latency import Latency, measure, speedup, summarize
 from deploy.runners import Array, open_runner
+from tests.runner_doubles import Idle
 
 
 class Clock:
@@ -27,10 +28,8 @@ class Clock:
         return self.now
 
 
-class Fake:
+class Fake(Idle):
     """Takes `seconds[i % len]` of the clock for its i-th call, and writes its name to the log."""
-
-    name, providers, threads, timed = "fake", ("cpu",), 1, "host to host"
 
     def __init__(
         self, label: str, clock: Clock, seconds: Sequence[float], log: list[str] | None = None
@@ -38,26 +37,12 @@ class Fake:
         self.label, self.clock, self.seconds = label, clock, seconds
         self.log: list[str] = [] if log is None else log
         self.calls = 0
-        self.prepared: tuple[Array, ...] = ()
-
-    def prepare(self, inputs: Sequence[Array]) -> None:
-        self.prepared = tuple(inputs)
 
     def __call__(self) -> Sequence[Any]:
         self.clock.now += self.seconds[self.calls % len(self.seconds)]
         self.calls += 1
         self.log.append(self.label)
         return ()
-
-    def poison(self) -> None: ...
-
-    def outputs(self) -> tuple[Array, ...]:
-        return ()
-
-    def infer(self, inputs: Sequence[Array]) -> tuple[Array, ...]:
-        return ()
-
-    def close(self) -> None: ...
 
 
 def blocks(log: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from deploy import charts, gate, report, tables
+from deploy import charts, gate, report, streams_view, tables
 from deploy.errors import MeasureError
 from deploy.values import NBSP, milliseconds, percent, points, significant, text, times, visible
 
@@ -239,6 +239,38 @@ def test_several_targets_stand_in_one_table() -> None:
         assert "Example &lt;GPU&gt; 80GB" in page
     assert tables.targets(example()).rows == ()
     assert "On every target" not in report.render(example()).html
+
+
+def test_files_that_only_another_target_timed_stand_among_the_precisions() -> None:
+    found = with_targets()
+    row = {"model": "dense", "precision": "int8", "bytes": 7000, "accuracy": {"value": 0.9}}
+    own, apart = row | {"file": "dense.int8.onnx"}, row | {"file": "variants/dense.int8-gpu.onnx"}
+    found |= {"variants": [own], "choice": {"why": {"int8": "the fastest inside, 1 ms"}}}
+    found["others"][0]["variants"] = [own | {"bytes": 1}, apart | {"accuracy": {"value": 0.8}}]
+    shown = [(line[0], line[3], line[4], line[-1]) for line in tables.precisions(found).rows]
+    assert shown == [
+        ("dense.int8.onnx", "7,000", "90.00\u00a0%", "the fastest inside, 1 ms"),
+        ("variants/dense.int8-gpu.onnx", "7,000", "80.00\u00a0%", ""),
+    ]
+
+
+def test_throughput_stands_apart_from_latency() -> None:
+    found = with_targets()
+    assert "over several streams" not in report.render(found).html
+    row = {"runner": "tensorrt", "precision": "fp16", "batch": 32, "streams": 4, "failure": ""}
+    found["others"][0]["streams"] = [
+        row | {"model": "original", "per_s": 2000.0},
+        row | {"model": "dense", "per_s": 5000.0},
+        row | {"model": "dense", "runner": "onnxruntime_cuda", "per_s": None, "failure": "no <stream>"},
+    ]
+    assert streams_view.table(found).rows == (
+        ("h100-fp16", "tensorrt", "fp16", "32", "4", "2000", "5000", ""),
+        ("h100-fp16", "onnxruntime_cuda", "fp16", "32", "4", "not measured", "not measured", "no <stream>"),
+    )
+    pages = report.render(found)
+    for page in (pages.html, pages.markdown):
+        assert "Throughput over several streams" in page
+        assert "no &lt;stream&gt;" in page
 
 
 @pytest.fixture(scope="module")

@@ -381,7 +381,7 @@ def test_engines_that_do_not_load_or_start_are_refused(context: Context) -> None
 
 def test_wrong_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"^tensorrt_rtx: unknown buffers cupy; use one of torch, pycuda$"):
-        open_tensorrt(tmp_path, RTX, buffers="cupy")
+        open_runner(RTX, tmp_path, buffers="cupy")
     with pytest.raises(RunnerError, match=r'^tensorrt_rtx: pycuda has no CUDA graphs; use buffers "torch"$'):
         open_tensorrt(tmp_path, RTX, buffers="pycuda", cuda_graph=True)
     with pytest.raises(RunnerError, match="cannot run a Linear; give it the path of an engine"):
