@@ -82,11 +82,17 @@ def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
     if config.budget is None or not config.budget.has_latency:
         return config.budget
     name = config.budget.target or config.bench.target
-    batch = config.budget.batch or config.gates.batch or max(batches)
+    batch = _batch(config, batches)
     if name == config.bench.target and batch not in batches:
         what = f"this batch size is not measured, found {batch}"
         raise ConfigError(what, "budget.batch", "add it to bench.batches")
     return config.budget.model_copy(update={"target": name, "batch": batch})
+
+
+def _batch(config: Config, batches: list[int]) -> int:
+    """The batch size at which latency counts most."""
+    given = None if config.budget is None else config.budget.batch
+    return given or config.gates.batch or max(batches)
 
 
 def _asked(budget: BudgetConfig | None, config: Config) -> dict[str, Any]:
@@ -119,13 +125,15 @@ def _check_gates(config: Config) -> None:
         raise ConfigError(what, "gates.batch", "add it to bench.batches")
 
 
-def align(config: Config) -> int:
+def align(config: Config, at: Place | None = None) -> int:
     """The multiple that kept channels must be of: as given, or by the target that they are to be fast on."""
     from deploy import targets
 
     given, budget = config.prune.align, config.budget
     if given != "auto":
         return given
+    if at is not None:
+        return targets.resolve_align(at.target)
     own = budget.target if budget is not None and _has_latency(config) else None
     return targets.resolve_align(target(config) if own is None else _target_of(own))
 
@@ -134,28 +142,28 @@ def _has_latency(config: Config) -> bool:
     return config.budget is not None and config.budget.has_latency
 
 
-def _target_of(name: str) -> Target:
-    """The target of `budget.target`. Raises ConfigError for one that does not exist."""
+def _target_of(name: str, key: str = "budget.target") -> Target:
+    """The target that a key names. Raises ConfigError for one that does not exist."""
     from deploy import targets
     from deploy.errors import MeasureError
 
     try:
         return targets.load(name)
     except MeasureError as error:
-        where = error.where if name.endswith(".toml") else "budget.target"
+        where = error.where if name.endswith(".toml") else key
         raise ConfigError(error.what, where, error.fix) from None
 
 
-def place(config: Config) -> Place:
-    """Where the budget's latency is measured. `config` is aimed."""
+def place(config: Config, name: str = "") -> Place:
+    """Where latency is measured: on the target of this name, else on the budget's. `config` is aimed."""
     budget, bench = config.budget, config.bench
-    assert budget is not None
-    assert budget.target is not None
-    assert budget.batch is not None
-    chosen, same = _target_of(budget.target), budget.target == bench.target
+    assert bench.batches is not None
+    own = (budget.target if budget is not None else None) or bench.target
+    chosen = _target_of(name, "--target") if name else _target_of(own)
+    same = (name or own) == bench.target
     precision = bench.precision if same and bench.precision not in (None, "auto") else chosen.precision
     threads = (bench.threads if same else None) or chosen.threads
-    return Place(chosen, str(precision), threads, budget.batch)
+    return Place(chosen, str(precision), threads, _batch(config, bench.batches))
 
 
 def check(config: Config, *, here: bool, prunes: bool = False) -> None:
@@ -181,20 +189,25 @@ def check(config: Config, *, here: bool, prunes: bool = False) -> None:
 
 def _check_budget(config: Config, *, prunes: bool) -> None:
     """Raises where the latency that a budget asks for cannot be measured; prunes: here."""
+    if _has_latency(config):
+        check_place(place(config), "budget.target", here=prunes)
+
+
+def check_place(at: Place, where: str, *, here: bool, when: str = "while pruning", do: str = "prune") -> None:
+    """Raises where the latency of layers cannot be measured at a place; here: on this machine. when, do: in
+    the error, when it is measured and what to do elsewhere."""
     import torch
 
-    if not _has_latency(config):
-        return
-    chosen = place(config).target
+    chosen = at.target
     if chosen.runner in UNTOLD:
         fix = "take a target of ONNX Runtime on the CPU, TensorRT or torch"
-        raise ConfigError(f"{chosen.runner} does not tell how long each layer takes", "budget.target", fix)
-    if chosen.runner in ON_CPU or not prunes:
+        raise ConfigError(f"{chosen.runner} does not tell how long each layer takes", where, fix)
+    if chosen.runner in ON_CPU or not here:
         return
     if not torch.cuda.is_available():
-        what = f"{chosen.name} needs a CUDA device: latency is measured while pruning"
-        raise TargetError(what, "budget.target", "prune where there is one; see compress doctor")
-    _check_gpu(chosen, "budget.target")
+        what = f"{chosen.name} needs a CUDA device: latency is measured {when}"
+        raise TargetError(what, where, f"{do} where there is one; see compress doctor")
+    _check_gpu(chosen, where)
 
 
 def _check_gpu(chosen: Target, where: str) -> None:

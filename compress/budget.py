@@ -61,7 +61,7 @@ def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> S
     goals = {t.kind: max(t.ratio, where.cost.ratio(t.kind, counts) - pace) for t in where.targets}
     order = ascending(scores, keep, where.cmap)
     levels = [own[own <= n] for own, n in zip(where.levels, counts, strict=True)]
-    worth = [_worth(scores[units], own) for units, own in zip(order, levels, strict=True)]
+    worth = [importance_at(scores[units], own) for units, own in zip(order, levels, strict=True)]
     chosen, gap = _fitting(where.cost, counts, levels, worth, goals)
     kept = keep.copy()
     for units, before, after in zip(order, counts, chosen, strict=True):
@@ -70,7 +70,7 @@ def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> S
     return Selection(kept, reached, int(keep.sum() - kept.sum()), gap)
 
 
-def _worth(ascending_scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def importance_at(ascending_scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """What a class keeps at each level: the sum of its most important units."""
     total = np.concatenate(([0.0], np.cumsum(np.maximum(ascending_scores, 0)[::-1])))
     return np.asarray(total[levels])

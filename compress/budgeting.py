@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from compress import aim, distributed, files
-from compress.budget import AIM, Look, close, narrow
+from compress.budget import AIM, WITHIN, Look, close, narrow
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import cost_model
@@ -52,8 +52,8 @@ class Budgeted:
 
         return look
 
-    def as_dict(self, looks: tuple[Look, ...], gap: float) -> dict[str, Any]:
-        """For prune.json: what was asked for, what the model knew, what was measured."""
+    def as_dict(self, looks: tuple[Look, ...], gap: float | None = None) -> dict[str, Any]:
+        """For prune.json: what was asked for, what the model knew, what was measured. gap: if known."""
         asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
         document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
         if self.latency is not None and self.meter is not None:
@@ -65,9 +65,10 @@ class Budgeted:
                 "original_ms": self.latency.original_ms,
                 "asked_ms": ratio * self.latency.original_ms,
                 "asked_ratio": ratio,
-                "model_error": self.latency.error if self.latency.error == self.latency.error else None,
+                "model_error": self.latency.known_error,
                 "networks": self.latency.networks,
-                "looks": [asdict(look) | {"fits": look.fits} for look in looks],
+                "within": WITHIN,
+                "looks": [asdict(look) | {"fits": look.fits, "near": look.near} for look in looks],
             }
         return document
 
@@ -93,7 +94,8 @@ def budgeted(
     targets = [Target(kind, ratio) for kind, ratio in given if ratio is not None]
     cost, found = cost_model(cmap), None
     if budget.has_latency:
-        found = _measured(config, net, cmap, levels, example, run=run, folder=folder, progress=progress)
+        at = aim.place(config)
+        found = measured(config, at, net, cmap, levels, example, run=run, folder=folder, progress=progress)
         cost = found[1].added_to(cost)
         targets.insert(0, Target("latency", _asked(config, found[1]) * AIM))
     where = Space(cmap, cost, levels, targets[0], budgets=tuple(targets))
@@ -128,8 +130,9 @@ def _check(where: Space, config: Config, latency: LatencyModel | None) -> None:
     check_reachable(where, fix)
 
 
-def _measured(
+def measured(
     config: Config,
+    place: aim.Place,
     net: GraphNet,
     cmap: ChannelMap,
     levels: tuple[np.ndarray, ...],
@@ -139,12 +142,14 @@ def _measured(
     folder: Path,
     progress: Note,
 ) -> tuple[Meter, LatencyModel]:
-    """The latency model of a network, from the run's own table, the shared one, or measured now."""
+    """The latency model of a network, from the run's own table, the shared one, or measured now.
+
+    config: aimed; place: the budget's or another.
+    """
     from deploy import latency_table, targets
 
-    place = aim.place(config)
     setting = setting_of(place)
-    shared = _Shared.of(config, folder, setting)
+    shared = _Shared.of(config, place, folder, setting)
     path = shared.path if run is None else run / TABLE
     if distributed.is_main():
         known = shared.read()
@@ -183,9 +188,9 @@ class _Shared:
     is_cache: bool
 
     @classmethod
-    def of(cls, config: Config, folder: Path, setting: Setting) -> _Shared:
+    def of(cls, config: Config, place: aim.Place, folder: Path, setting: Setting) -> _Shared:
         budget = config.budget
-        if budget is not None and budget.table is not None:
+        if budget is not None and budget.table is not None and place == aim.place(config):
             return cls(folder / budget.table, setting, is_cache=False)
         digest = hashlib.sha256(repr(setting).encode()).hexdigest()[:12]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import click
 
+from compress.cli_inspect import CONFIG_ENDINGS, check_picture, show_latency, show_loss, without_data
 from compress.cli_options import (
     DEFAULT_CONFIG,
     config_argument,
@@ -28,10 +28,6 @@ from compress.errors import escape
 from compress.launch import launched
 from compress.recipes import RECIPES
 from compress.stages import STAGES
-
-CONFIG_ENDINGS = (".yaml", ".yml")
-PICTURES = (".png", ".svg", ".pdf")
-
 
 SECTIONS = {
     "Start": ("init", "doctor", "inspect", "plan", "study"),
@@ -108,12 +104,14 @@ def _shape(_context: click.Context, _parameter: click.Parameter, value: str | No
               "important channels of one layer are left out (takes a CONFIG).")  # fmt: skip
 @click.option("--images", type=click.IntRange(1), help="With --sensitivity: use so many validation images at "
               "most; 500 if not given.")  # fmt: skip
-@click.option("--plot", type=click.Path(), metavar="FILE", help="With --sensitivity: draw it (.png, .svg, "
-              ".pdf).")  # fmt: skip
+@click.option("--target", is_flag=False, flag_value="", metavar="[NAME]", help="Show instead what can be had "
+              "at which latency: on the config's target, or on NAME.")  # fmt: skip
+@click.option("--plot", type=click.Path(), metavar="FILE", help="With --sensitivity or --target: draw it "
+              "(.png, .svg, .pdf).")  # fmt: skip
 @set_option
 def inspect(
     screen: Screen, subject: str, input_shape: list[int] | None, weights: str | None, classes: int | None,
-    sensitivity: bool, images: int | None, plot: str | None, overrides: tuple[str, ...],
+    sensitivity: bool, images: int | None, target: str | None, plot: str | None, overrides: tuple[str, ...],
 ) -> Answer:  # fmt: skip
     """Show what can be removed from a model, what cannot and why.
 
@@ -126,59 +124,31 @@ def inspect(
         raise click.UsageError("--input-shape, --weights and --classes go with a MODEL, not a config")
     if overrides and not is_config:
         raise click.UsageError("--set changes a config, and a MODEL has none")
-    if not sensitivity and (images or plot is not None):
-        raise click.UsageError("--images and --plot go with --sensitivity")
+    if not sensitivity and images:
+        raise click.UsageError("--images goes with --sensitivity")
+    if sensitivity and target is not None:
+        raise click.UsageError("give one of --sensitivity and --target")
+    if plot is not None and not sensitivity and target is None:
+        raise click.UsageError("--plot goes with --sensitivity or --target")
     if sensitivity and not is_config:
         raise click.UsageError(f"--sensitivity measures on data: give a config, not {subject}")
+    if target is not None and target.endswith(CONFIG_ENDINGS):
+        fix = f"the config goes first: compress inspect {target} --target"
+        raise click.UsageError(f"--target takes the name of a target; {fix}")
+    check_picture(plot)
+    if is_config:
+        loaded, folder = load(subject, overrides)
+    else:
+        loaded, folder = without_data(subject, input_shape, weights, classes), Path()
     if sensitivity:
-        return _sensitivity(screen, subject, overrides, images or 500, plot)
+        return show_loss(screen, loaded, folder, images or 500, plot)
+    if target is not None:
+        return show_latency(screen, loaded, folder, target, plot)
     with screen.events("loading torch and the model"):
         from compress import pipeline
 
-        if is_config:
-            found = pipeline.look(*load(subject, overrides))
-        else:
-            found = pipeline.inspect(_named_model(subject, input_shape, weights, classes), Path())
+        found = pipeline.look(loaded, folder)
     return Answer(found, lambda screen: show_inspect(screen.out, found))
-
-
-def _sensitivity(
-    screen: Screen, config: str, overrides: Sequence[str], images: int, plot: str | None
-) -> Answer:
-    from compress.show import show_sensitivity
-
-    _check_picture(plot)
-    loaded, folder = load(config, overrides)
-    with screen.events("loading torch, the model and the data") as events:
-        from compress import pipeline
-
-        found = pipeline.sensitivity(loaded, folder, images=images, events=events)
-    if plot is not None:
-        from deploy.charts import draw_sensitivity
-
-        draw_sensitivity(found, Path(plot))
-    return Answer(found, lambda screen: show_sensitivity(screen.out, found))
-
-
-def _check_picture(plot: str | None) -> None:
-    if plot is None:
-        return
-    if Path(plot).suffix not in PICTURES:
-        raise click.BadParameter(f"{plot} does not end in {', '.join(PICTURES)}", param_hint="--plot")
-    if not Path(plot).parent.is_dir():
-        raise click.BadParameter(f"there is no folder {Path(plot).parent}", param_hint="--plot")
-
-
-def _named_model(name: str, shape: list[int] | None, weights: str | None, classes: int | None) -> Any:
-    from compress.config import loads
-
-    model = {
-        "name": name,
-        "weights": weights,
-        "kwargs": {} if classes is None else {"num_classes": classes},
-        "input_shape": shape or [3, 224, 224],
-    }
-    return loads(json.dumps({"version": 1, "model": model, "data": {"name": "none"}}), "MODEL").model
 
 
 @cli.answering("plan")
@@ -223,7 +193,7 @@ def study(
     """
     from compress.show import show_study
 
-    _check_picture(plot)
+    check_picture(plot)
     loaded, folder = load(config, overrides)
     with screen.events("loading torch, the model and the data") as events:
         from compress import pipeline

@@ -106,6 +106,11 @@ class LatencyModel:
     error: float
     networks: int
 
+    @property
+    def known_error(self) -> float | None:
+        """The error, None where there were too few networks to tell."""
+        return None if np.isnan(self.error) else self.error
+
     def ms(self, counts: np.ndarray) -> float:
         """Of the network with these counts."""
         return self.products.total(counts)

@@ -45,6 +45,7 @@ __all__ = [
     "bring",
     "compare",
     "convert_for",
+    "front",
     "inspect",
     "look",
     "plan",
@@ -78,6 +79,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 SHARED = ("train", "prune", "finetune")
 """Stages that several processes do together; of the others one does all."""
 SEEN_SECONDS = 90.0
+NO_DATA = "none"
+"""What `data.name` is for a model that is looked at without data."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def bring(config: Config, folder: Path, documents: Sequence[Path]) -> None:
 
 def plan(config: Config, folder: Path, *, events: Events) -> dict[str, Any]:
     """What a run would remove: on the trained model if the train stage is done, else as it was built."""
-    work = Work(config, folder, folder / config.out, events, lambda: False)
+    work = Work(aim.aimed(config), folder, folder / config.out, events, lambda: False)
     preflight(work)
     return preview.plan(work, _trained(work))
 
@@ -208,6 +211,19 @@ def sensitivity(config: Config, folder: Path, *, images: int, events: Events) ->
     """What each class of units is worth, on at most `images` validation examples. Nothing is written."""
     work = Work(config, folder, folder / config.out, events, lambda: False)
     return preview.sensitivity(work, _trained(work), images)
+
+
+def front(config: Config, folder: Path, target: str, *, events: Events) -> dict[str, Any]:
+    """What latency costs in importance on a target, "" for the config's; by weight magnitude without data.
+
+    Nothing is written but the table of latencies.
+    """
+    config = aim.aimed(config)
+    aim.check_place(aim.place(config, target), "--target", here=True, when="there", do="look")
+    work = Work(config, folder, folder / config.out, events, lambda: False)
+    if config.data.name == NO_DATA:
+        return preview.front_of_weights(work, target)
+    return preview.front(work, _trained(work), target)
 
 
 def _results(place: Path, done: tuple[tuple[str, str, float], ...]) -> dict[str, Any]:

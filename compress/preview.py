@@ -1,23 +1,28 @@
-"""Scores and selection without training: what a run would remove, and whether its target can be met."""
+"""Scores, selection and latency without training: what a run would remove, and what targets can be met."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from compress import aim
+from compress.budgeting import budgeted, chosen, measured
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
-from compress.importance import scored
-from compress.inspection import choices, kept_names, labelled, pinned_rows
+from compress.front import Outlook
+from compress.importance import magnitude, scored
+from compress.inspection import build, choices, kept_names, labelled, pinned_rows
+from compress.latency import LatencyModel
+from compress.meter import Note
 from compress.scorers import OF_WEIGHTS, scorer
-from compress.select import remove
+from compress.select import Space, levels_of, remove
 from compress.sensitivity import SHARES
 from compress.sensitivity import sensitivity as classes_sensitivity
 from compress.shares import Share
@@ -26,6 +31,9 @@ from compress.study import study as criteria_study
 from compress.surgery import cut
 from compress.task import Evaluation, Task, check, device_of, move
 from compress.trace import GraphNet, Traced
+
+DOUBTFUL = 0.15
+"""An error of a latency model that its user is warned of."""
 
 
 def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
@@ -41,27 +49,110 @@ def plan(work: Work, traced: Traced | None = None) -> dict[str, Any]:
 def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     config, task = work.config, work.task
     traced, cmap = _checked(work, traced)
-    where = choices(config.prune, cmap, work.align)
     scores = _scores(traced.net, cmap, task, config, work.events)
-    chosen = remove(scores, np.ones(cmap.units, dtype=bool), where)
-    _, cut_plan = cut(traced.net, cmap, chosen.keep)
-    model, counts = cost_model(cmap), class_counts(cmap, chosen.keep)
-    target = where.target
+    found = _chosen(work, traced, cmap, scores)
+    keep, where = found.keep, found.where
+    _, cut_plan = cut(traced.net, cmap, keep)
+    model, counts = where.cost, class_counts(cmap, keep)
+    kind, facts = where.target.kind, found.budget
+    asked = facts["latency"]["asked_ratio"] if facts and facts["latency"] else where.target.ratio
     floor = np.array([level[0] for level in where.levels])
     return {
-        "target": {"kind": f"{target.kind}_ratio", "value": target.ratio},
-        "reachable": chosen.reached,
-        "least": model.ratio(target.kind, floor),
+        "target": {"kind": f"{kind}_ratio", "value": asked},
+        "budget": facts,
+        "reachable": found.reached,
+        "least": model.ratio(kind, floor),
         "macs": {"before": round(model.macs.total(model.full)), "after": round(model.macs.total(counts))},
         "params": {
             "before": round(model.params.total(model.full)),
             "after": round(model.params.total(counts)),
         },
-        "units": {"total": cmap.units, "kept": int(chosen.keep.sum())},
-        "layers": [asdict(layer) for layer in layers(cmap, chosen.keep)],
+        "units": {"total": cmap.units, "kept": int(keep.sum())},
+        "layers": [asdict(layer) for layer in layers(cmap, keep)],
         "pinned": pinned_rows(cmap),
         "plan": cut_plan.to_json(),
     }
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What a plan keeps, bool (units,), of what; budget: as in prune.json, None where none is set."""
+
+    keep: np.ndarray
+    where: Space
+    reached: bool
+    budget: dict[str, Any] | None = None
+
+
+def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) -> _Chosen:
+    """The selection, to the ratio of `prune` or to the budgets; one of latency is measured."""
+    config = work.config
+    if config.budget is None:
+        where = choices(config.prune, cmap, work.align)
+        selection = remove(scores, np.ones(cmap.units, dtype=bool), where)
+        return _Chosen(selection.keep, where, selection.reached)
+    found = budgeted(
+        config, traced.net, cmap, traced.example, run=None, folder=work.folder, progress=_progress(work)
+    )
+    keep, reached, looks = chosen(found, scores)
+    return _Chosen(keep, found.where, reached and all(look.near for look in looks[-1:]), found.as_dict(looks))
+
+
+def _progress(work: Work) -> Note:
+    return lambda done, total, text: work.events.progress("latency", done, total, text)
+
+
+def front(work: Work, traced: Traced | None, target: str) -> dict[str, Any]:
+    """Kept importance against latency, and what each class of units costs, on a target: "" for the config's.
+
+    traced: the model if it is there already. What the table of latencies lacks is measured.
+    """
+    with work.around() if traced else work.inside(work.built.whole):
+        traced, cmap = _checked(work, traced or work.built.traced)
+        scores = _scores(traced.net, cmap, work.task, work.config, work.events)
+        return _front(work, traced, cmap, scores, target)
+
+
+def front_of_weights(work: Work, target: str) -> dict[str, Any]:
+    """`front` by weight magnitude, of a model without data."""
+    config = work.config
+    traced = build(config.model, work.folder, config.seed).traced
+    traced, cmap = labelled(traced, kept_names(traced.net, config.model, config.prune.keep), config.prune)
+    return _front(work, traced, cmap, magnitude(traced.net, cmap), target)
+
+
+def _front(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray, target: str) -> dict[str, Any]:
+    from deploy import targets
+
+    config = work.config
+    at = aim.place(config, target)
+    levels = levels_of(cmap, aim.align(config, at), config.prune.min_keep)
+    good = levels_of(cmap, targets.resolve_align(at.target), config.prune.min_keep)
+    meter, latency = measured(
+        config, at, traced.net, cmap, levels, traced.example, run=None, folder=work.folder,
+        progress=_progress(work),
+    )  # fmt: skip
+    if (latency.known_error or 0.0) > DOUBTFUL:
+        far = f"{latency.known_error:.0%} off at networks that it has not seen"
+        again = f"to measure again on an idle machine, delete {meter.path}"
+        work.events.warn(f"the latency model is {far}; {again}")
+    found = Outlook(cmap, latency.added_to(cost_model(cmap)), latency, levels, scores)
+    return {
+        "model": config.model.name,
+        "criterion": config.prune.criterion,
+        "target": at.target.name,
+        **asdict(meter.table.setting),
+        "asked_ratio": _asked(config, at, latency),
+        **found.as_dict(good, meter.table.of(meter.model)),
+    }
+
+
+def _asked(config: Config, at: aim.Place, latency: LatencyModel) -> float | None:
+    """The share of the latency that the config's budget asks for at this place, if it does."""
+    budget = config.budget
+    if budget is None or not budget.has_latency or at != aim.place(config):
+        return None
+    return budget.latency_ratio or (budget.latency_ms or 0.0) / latency.original_ms
 
 
 def study(work: Work, traced: Traced | None, images: int, batch: int, limit: int | None) -> dict[str, Any]:

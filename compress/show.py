@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.console import STYLES, print_table, readable
+from deploy.budget_view import sentences
+from deploy.budget_view import table as looked_at
 from deploy.values import (
     count,
     measured,
@@ -18,7 +20,6 @@ from deploy.values import (
     scientific,
     section,
     shortened,
-    significant,
     span,
     text,
     times,
@@ -153,15 +154,15 @@ def show_inspect(console: Console, found: Data) -> None:
         )
         for row in rows(found, "layers")
     ]
-    _titled(console, "layers", ("layer", "kind", "channels", "MACs", "share", ""), layers, right=(2, 3, 4))
-    couplings = [(count(row.get("units")), _some(row["layers"])) for row in rows(found, "couplings")]
-    _titled(console, "layers that lose channels together", ("units", "layers"), couplings, right=(0,), fold=1)
+    titled(console, "layers", ("layer", "kind", "channels", "MACs", "share", ""), layers, right=(2, 3, 4))
+    couplings = [(count(row.get("units")), shorter(row["layers"])) for row in rows(found, "couplings")]
+    titled(console, "layers that lose channels together", ("units", "layers"), couplings, right=(0,), fold=1)
     _pinned(console, found)
     unreached = [(name,) for name in found.get("unreached") or ()]
-    _titled(console, "parameters the traced graph does not reach", ("parameter",), unreached)
+    titled(console, "parameters the traced graph does not reach", ("parameter",), unreached)
     folded = [(name,) for name in found.get("folded") or ()]
-    _titled(console, "weights that are computed, and become plain parameters", ("weight",), folded)
-    _titled(
+    titled(console, "weights that are computed, and become plain parameters", ("weight",), folded)
+    titled(
         console,
         "what a target would leave (by weight magnitude)",
         ("MACs kept", "parameters kept", "units kept", ""),
@@ -183,22 +184,22 @@ def _pinned(console: Console, found: Data) -> None:
             count(row.get("channels")),
             text(row.get("reason"), ""),
             text(row.get("op"), ""),
-            _some(row.get("parameters") or ()),
+            shorter(row.get("parameters") or ()),
             text(row.get("source"), ""),
         )
         for row in rows(found, "pinned")
     ]
     heads = ("channels", "why", "operation", "parameters", "where")
-    _titled(console, "what stays as it is", heads, pinned, right=(0,), fold=3)
+    titled(console, "what stays as it is", heads, pinned, right=(0,), fold=3)
 
 
-def _some(names: Sequence[object]) -> str:
+def shorter(names: Sequence[object]) -> str:
     """The first three names, and how many more there are; `--json` has all."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(map(str, names[:3])) + more
 
 
-def _titled(
+def titled(
     console: Console,
     title: str,
     heads: Sequence[str],
@@ -220,11 +221,16 @@ def show_plan(console: Console, found: Data) -> None:
     kind, value = str(target.get("kind")).removesuffix("_ratio"), number(target.get("value")) or 0.0
     kind = {"macs": "MACs", "params": "parameters"}.get(kind, kind)
     least = measured(found.get("least"), lambda x: percent(x, 1))
+    latency = section(section(found, "budget"), "latency")
     if found.get("reachable"):
         said = f"{percent(value, 1)} of the {kind} can be kept (the least possible is {least})"
         verdict_line(console, "ok", said)
+    elif rows(latency, "looks"):
+        verdict_line(console, "fail", f"{percent(value, 1)} of the {kind}: no width allowed comes near it")
     else:
         verdict_line(console, "fail", f"{percent(value, 1)} of the {kind} is out of reach: {least} must stay")
+    for said in sentences(latency):
+        line(console, said)
     units = section(found, "units")
     facts = [
         ("  MACs", *_change(section(found, "macs"), "")),
@@ -232,6 +238,8 @@ def show_plan(console: Console, found: Data) -> None:
         ("  units", f"{count(units.get('total'))} → {count(units.get('kept'))}", ""),
     ]
     print_table(console, ("", "", ""), facts)
+    looks = looked_at(latency)
+    titled(console, "networks measured on the way", looks.headers, looks.rows, right=range(6))
     layers = [
         (
             row.get("name"),
@@ -243,7 +251,7 @@ def show_plan(console: Console, found: Data) -> None:
         for row in rows(found, "layers")
     ]
     heads = ("layer", "channels", "kept", "share", "")
-    _titled(console, "channels kept", heads, layers, right=(1, 2, 3))
+    titled(console, "channels kept", heads, layers, right=(1, 2, 3))
 
 
 def _share(row: Data) -> float | None:
@@ -283,40 +291,7 @@ def show_study(console: Console, found: Data) -> None:
         for name in order
     ]
     title = "rank correlation (Spearman) with the squared change of the loss, summed up per ..."
-    _titled(console, title, heads, cells, right=tuple(range(1, len(heads))))
-
-
-def show_sensitivity(console: Console, found: Data) -> None:
-    """Every class of units at several widths, the most sensitive first."""
-    metric, total = text(found.get("metric"), ""), max(1, int(found["macs"]))
-
-    def value(given: object) -> str:
-        return measured(given, (lambda x: percent(x, 1)) if metric == "top1" else significant)
-
-    line(console, text(found.get("model"), ""), "bold")
-    whole = f"loss {measured(found.get('loss'), _three)}, {metric} {value(found.get('value'))}"
-    line(console, f"{whole} with all channels, on {count(found.get('images'))} validation examples")
-    shares = [percent(share, 0) for share in found["shares"]]
-    heads = ("layers", "channels", f"MACs saved at {shares[-1]}", f"loss at {shares[0]}", *shares[1:])
-    heads += (f"{metric} at {shares[0]}", *shares[1:])
-    cells = [
-        (
-            _some(one["layers"]),
-            count(one.get("units")),
-            percent(1 - rows(one, "points")[-1]["macs"] / total, 1),
-            *(measured(point.get("loss"), _three) for point in rows(one, "points")),
-            *(value(point.get("value")) for point in rows(one, "points")),
-        )
-        for one in rows(found, "classes")
-    ]
-    title = f"a share of one layer's channels kept, the least important ({found['criterion']}) left out"
-    _titled(
-        console, f"{title}; most sensitive first", heads, cells, right=tuple(range(1, len(heads))), fold=0
-    )
-
-
-def _three(value: float) -> str:
-    return significant(value, 3)
+    titled(console, title, heads, cells, right=tuple(range(1, len(heads))))
 
 
 # -- compare, verify, doctor --------------------------------------------------------------------------
@@ -332,7 +307,7 @@ def show_compare(console: Console, found: Data) -> None:
         (key, count(section(found, key).get("bytes")), text(section(found, key).get("path"), ""))
         for key in "ab"
     ]
-    _titled(console, "files", ("", "bytes", "path"), files, right=(1,), fold=2)
+    titled(console, "files", ("", "bytes", "path"), files, right=(1,), fold=2)
     agreement = [
         (
             row.get("batch"),
@@ -344,8 +319,8 @@ def show_compare(console: Console, found: Data) -> None:
         for row in parity
     ]
     heads = ("batch", "relative error", "tolerance", "same class", "")
-    _titled(console, "agreement", heads, agreement, right=(0, 1, 2, 3))
-    _titled(
+    titled(console, "agreement", heads, agreement, right=(0, 1, 2, 3))
+    titled(
         console,
         "speed",
         ("batch", "a, median", "b, median", "a / b", "95 % interval", "b is"),

@@ -216,10 +216,9 @@ def _line(found: Sequence[Mapping[str, Any]], x: str, y: str, label: str, second
 
 def _pruning_panels(results: Mapping[str, Any]) -> list[Panel]:
     found = rows(section(results, "pruning"), "history")
-    kept = (
-        _line(found, "step", "macs_ratio", "MACs"),
-        _line(found, "step", "params_ratio", "parameters", True),
-    )
+    latency = _line(found, "step", "latency_ratio", "latency, predicted", True)
+    second = latency if latency.points else _line(found, "step", "params_ratio", "parameters", True)
+    kept = (_line(found, "step", "macs_ratio", "MACs"), second)
     panels = [
         Panel("Share kept", "pruning step", kept, percent=True),
         Panel("Loss", "pruning step", (_line(found, "step", "loss", "loss"),)),

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import charts, gate, profile_view, streams_view, tables
+from deploy import budget_view, charts, gate, profile_view, streams_view, tables
 from deploy.tables import NOT_MEASURED, NOT_RECORDED
 from deploy.values import (
     entries,
@@ -92,6 +92,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the templates say, as plain texts and tables."""
     gates, provenance = rows(results, "gates"), section(results, "provenance")
     profile = section(results, "profile")
+    budget = section(section(section(results, "pruning"), "budget"), "latency")
     verdict = _verdict(gates)
     config = provenance.get("config")
     return {
@@ -123,6 +124,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "thinnest": _thinnest(results),
         "pruning": tables.pruning_facts(results),
         "pruning_history": tables.pruning_history(results),
+        "budget": budget_view.table(budget),
+        "budget_said": budget_view.sentences(budget),
         "stages": [
             (name, title, tables.epochs(results, name))
             for name, title in (("train", "Training before pruning"), ("finetune", "Fine-tuning"))

@@ -273,13 +273,16 @@ def layers(results: Mapping[str, Any]) -> Table:
 
 def pruning_history(results: Mapping[str, Any]) -> Table:
     """The numbers behind the pruning chart."""
-    body = []
-    for row in rows(section(results, "pruning"), "history"):
+    body, history = [], rows(section(results, "pruning"), "history")
+    kept = {"macs_ratio": "MACs kept", "params_ratio": "Parameters kept"}
+    if any(row.get("latency_ratio") is not None for row in history):
+        kept["latency_ratio"] = "Latency kept, predicted"
+    for row in history:
         counts = [count(row.get(key)) for key in ("step", "minibatches", "units_kept")]
-        shares = [measured(row.get(key), percent) for key in ("macs_ratio", "params_ratio")]
+        shares = [measured(row.get(key), percent) for key in kept]
         body.append((*counts, *shares, measured(row.get("loss")), measured(row.get("accuracy"), percent)))
-    headers = ("Step", "Minibatches", "Units kept", "MACs kept", "Parameters kept", "Loss", "Accuracy")
-    return Table(headers, "rrrrrrr", tuple(body), evenly=True)
+    headers = ("Step", "Minibatches", "Units kept", *kept.values(), "Loss", "Accuracy")
+    return Table(headers, "r" * len(headers), tuple(body), evenly=True)
 
 
 def epochs(results: Mapping[str, Any], stage: str) -> Table:

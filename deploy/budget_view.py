@@ -1,0 +1,72 @@
+"""The latency that was asked for, for people: what the model of it predicted, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploy.tables import Table
+from deploy.values import count, measured, milliseconds, number, percent, rows, text
+
+
+def table(latency: Mapping[str, Any]) -> Table:
+    """Every network that was measured on the way; the last is the one that was taken."""
+    whole, looks = number(latency.get("original_ms")), rows(latency, "looks")
+    body = []
+    for which, look in enumerate(looks, start=1):
+        asked, found = number(look.get("asked")), number(look.get("measured"))
+        shown = (_ms(look.get(key), whole) for key in ("asked", "predicted", "measured"))
+        off = percent(found / asked - 1, 1) if asked and found is not None else ""
+        taken = "taken" if which == len(looks) else "tried"
+        body.append((count(which), *shown, measured(found, _share), off, taken))
+    headers = ("Network", "Asked", "Predicted", "Measured", "Of the original", "Off by", "")
+    return Table(headers, "rrrrrrt", tuple(body))
+
+
+def sentences(latency: Mapping[str, Any]) -> list[str]:
+    """What was asked for where, whether it was met, and how far the model was off; none without a budget."""
+    if not latency:
+        return []
+    asked, whole = (measured(latency.get(key), milliseconds) for key in ("asked_ms", "original_ms"))
+    ratio = measured(latency.get("asked_ratio"), _share)
+    said = f"Asked for: {asked}, {ratio} of the original's {whole}, on {place(latency)}."
+    return [said, _outcome(latency), _model(latency)]
+
+
+def place(latency: Mapping[str, Any]) -> str:
+    """Target and setting of a measurement."""
+    threads = latency.get("threads")
+    how = (
+        f"{text(latency.get('runner'))} {text(latency.get('version'), '')}".strip(),
+        text(latency.get("precision")),
+        f"batch {text(latency.get('batch'))}",
+        f"{text(threads)} thread{'' if threads == 1 else 's'}",
+        text(latency.get("hardware")),
+    )
+    return f"{text(latency.get('target'))} ({', '.join(how)})"
+
+
+def _outcome(latency: Mapping[str, Any]) -> str:
+    """How near the last look came to what was asked."""
+    whole, last = number(latency.get("original_ms")), (rows(latency, "looks") or [{}])[-1]
+    if number(last.get("measured")) is None:
+        return "The network that pruning ends with was not measured there."
+    within = measured(latency.get("within"), lambda x: percent(x, 0))
+    met = "within" if last.get("near") is True else "not within"
+    return f"The network that was taken takes {_ms(last['measured'], whole)} there, {met} {within} of it."
+
+
+def _model(latency: Mapping[str, Any]) -> str:
+    fitted = f"The latency model is fitted to {count(latency.get('networks'))} measured networks"
+    error = number(latency.get("model_error"))
+    if error is None:
+        return f"{fitted}, too few to say how far it is off."
+    return f"{fitted}; at one that is left out it is {percent(error, 1)} off (root mean square)."
+
+
+def _ms(ratio: object, whole: float | None) -> str:
+    return measured(ratio, _share if whole is None else lambda x: milliseconds(x * whole))
+
+
+def _share(value: float) -> str:
+    return percent(value, 1)
