@@ -52,8 +52,9 @@ class Budgeted:
 
         return look
 
-    def as_dict(self, looks: tuple[Look, ...], gap: float) -> dict[str, Any]:
-        """For prune.json: what was asked for, what the model knew, what was measured."""
+    def as_dict(self, looks: tuple[Look, ...], look: Look | None, gap: float) -> dict[str, Any]:
+        """For prune.json: what was asked for, what the model knew, what was measured. look: the one
+        of `looks` at the network that was chosen, None where there is none."""
         asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
         document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
         if self.latency is not None and self.meter is not None:
@@ -67,6 +68,7 @@ class Budgeted:
                 "asked_ratio": ratio,
                 "model_error": self.latency.error if self.latency.error == self.latency.error else None,
                 "networks": self.latency.networks,
+                "measured_ratio": None if look is None else look.measured,
                 "looks": [asdict(look) | {"fits": look.fits} for look in looks],
             }
         return document
