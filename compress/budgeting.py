@@ -52,8 +52,13 @@ class Budgeted:
 
         return look
 
-    def as_dict(self, looks: tuple[Look, ...], gap: float | None = None) -> dict[str, Any]:
-        """For prune.json: what was asked for, what the model knew, what was measured. gap: if known."""
+    def as_dict(
+        self, looks: tuple[Look, ...], look: Look | None = None, gap: float | None = None
+    ) -> dict[str, Any]:
+        """For prune.json: what was asked for, what the model knew, what was measured.
+
+        look: the one of `looks` at the network that was chosen, None where there is none; gap: if known.
+        """
         asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
         document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
         if self.latency is not None and self.meter is not None:
@@ -68,6 +73,7 @@ class Budgeted:
                 "model_error": self.latency.known_error,
                 "networks": self.latency.networks,
                 "within": WITHIN,
+                "measured_ratio": None if look is None else look.measured,
                 "looks": [asdict(look) | {"fits": look.fits, "near": look.near} for look in looks],
             }
         return document

@@ -211,7 +211,8 @@ class TestClose:
             assert not last.look.met
             assert (last.selection.keep == _narrowest(where)).all() or last.look.measured <= least * 1.001
         else:
-            assert last.look.near
+            assert last.look.met
+            assert last.look.measured > 0.94 * ratio  # a step of the narrow layers here is some percent
             assert last.look.measured == board(last.selection.keep)
 
     @pytest.mark.parametrize("factor", [0.7, 0.85, 1.0, 1.2, 1.4])

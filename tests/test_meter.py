@@ -318,14 +318,15 @@ class TestBudgeted:
         keep, reached, looks = chosen(found, scores)
         assert reached
         assert looks[-1].fits
-        facts = found.as_dict(looks, 0.0)
+        facts = found.as_dict(looks, looks[-1], 0.0)
         assert facts["asked"] == {"macs_ratio": 0.8, "params_ratio": 0.9}
         latency = facts["latency"]
+        assert latency["measured_ratio"] == looks[-1].measured
         assert latency["asked_ratio"] == pytest.approx(0.6)
         assert latency["asked_ms"] == pytest.approx(0.6 * latency["original_ms"])
         assert latency["looks"][-1] == {
             "asked": pytest.approx(0.6), "predicted": looks[-1].predicted,
-            "measured": looks[-1].measured, "fits": True,
+            "measured": looks[-1].measured, "fits": True, "near": True,
         }  # fmt: skip
         json.dumps(facts, allow_nan=False)
         counts = class_counts(map_of(), keep)
@@ -334,7 +335,7 @@ class TestBudgeted:
     def test_without_latency_nothing_is_measured(self, tmp_path: Path) -> None:
         found = of("budget: {macs_ratio: 0.5, params_ratio: 0.6}\n", tmp_path, tmp_path)
         assert (found.measure, found.latency, Bench.measured) == (None, None, [])
-        assert found.as_dict((), 0.1) == {
+        assert found.as_dict((), None, 0.1) == {
             "asked": {"macs_ratio": 0.5, "params_ratio": 0.6}, "gap": 0.1, "latency": None,
         }  # fmt: skip
         keep, reached, looks = chosen(found, np.random.default_rng(0).random(map_of().units))
