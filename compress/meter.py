@@ -129,7 +129,7 @@ class Meter:
             name = list(artifacts)[-1]
             profile = self.bench.profile(artifacts[name])
             rows = self._rows(profile, self.bench.kinds(artifacts[name]), counts, ms[name])
-        outside = ms[name] * max(profile.outside_ms, 0.0) / profile.run_ms
+        outside = ms[name] * (1 - profile.layers_ms / _run_ms(profile, ms[name]))
         return Entry(self.model, tuple(counts.tolist()), ms[name], ms["original"], outside, rows)
 
     @cached_property
@@ -176,9 +176,15 @@ class Meter:
                 kind = f"{kind} | {self.widths.pairs[anchor]:g} MACs a pair of channels"
             if anchor != layer.name:
                 kind = f"{kind} behind {kinds.get(anchor, anchor)}"
-            share = round(ms * layer.ms / profile.run_ms, 6)  # as much as a clock can tell
+            share = round(ms * layer.ms / _run_ms(profile, ms), 6)  # as much as a clock can tell
             rows.append(Row(layer.name, kind, widths.get(anchor, (0, 0)), share))
         return tuple(rows)
+
+
+def _run_ms(profile: Profile, ms: float) -> float:
+    """What the layers are parts of. On a busy machine their medians stand, that of a whole run does not;
+    what was measured without a profiler then says how long a run is."""
+    return max(profile.layers_ms, min(profile.run_ms, ms))
 
 
 def designs(levels: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
