@@ -35,7 +35,9 @@ NETWORKS = 8
 """Pruned networks that a model is fitted to; twice as many halve no error (docs/latency.md)."""
 NARROWEST = 0.2
 REPEATS, SECONDS = 10, 1.0
-RUNS = 20
+RUNS, TRIES = 20, 3
+QUANTILE = 0.05
+"""Of the samples: a run longer than a slice of the scheduler is seldom whole where other work is done too."""
 
 Note = Callable[[int, int, str], None]
 
@@ -127,7 +129,7 @@ class Meter:
             name = list(artifacts)[-1]
             profile = self.bench.profile(artifacts[name])
             rows = self._rows(profile, self.bench.kinds(artifacts[name]), counts, ms[name])
-        outside = ms[name] * max(profile.outside_ms, 0.0) / profile.run_ms
+        outside = ms[name] * (1 - profile.layers_ms / _run_ms(profile, ms[name]))
         return Entry(self.model, tuple(counts.tolist()), ms[name], ms["original"], outside, rows)
 
     @cached_property
@@ -174,9 +176,15 @@ class Meter:
                 kind = f"{kind} | {self.widths.pairs[anchor]:g} MACs a pair of channels"
             if anchor != layer.name:
                 kind = f"{kind} behind {kinds.get(anchor, anchor)}"
-            share = round(ms * layer.ms / profile.run_ms, 6)  # as much as a clock can tell
+            share = round(ms * layer.ms / _run_ms(profile, ms), 6)  # as much as a clock can tell
             rows.append(Row(layer.name, kind, widths.get(anchor, (0, 0)), share))
         return tuple(rows)
+
+
+def _run_ms(profile: Profile, ms: float) -> float:
+    """What the layers are parts of. On a busy machine their medians stand, that of a whole run does not;
+    what was measured without a profiler then says how long a run is."""
+    return max(profile.layers_ms, min(profile.run_ms, ms))
 
 
 def designs(levels: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
@@ -264,7 +272,7 @@ class _Bench:
         return open_runner(self.kind, artifact.opens, self.place.threads, precision=precision)
 
     def latencies(self, artifacts: Mapping[str, _Artifact]) -> dict[str, float]:
-        """Milliseconds by name: the lower quartile of samples that take turns, so that what else runs on the
+        """Milliseconds by name: a low quantile of samples that take turns, so that what else runs on the
         machine counts for little."""
         from deploy import latency
 
@@ -273,25 +281,36 @@ class _Bench:
             for runner in runners.values():
                 opened.callback(runner.close)
             found = latency.measure(runners, self.shapes, self.place.batch, REPEATS, SECONDS)
-        return {row.model: float(np.quantile(np.concatenate(row.repeats_ms), 0.25)) for row in found.latency}
+        return {
+            row.model: float(np.quantile(np.concatenate(row.repeats_ms), QUANTILE)) for row in found.latency
+        }
 
     def profile(self, artifact: _Artifact) -> Profile:
-        """Its layers. Raises ModelError for a runner that does not tell."""
+        """Its layers; more runs where something else disturbed the first ones. Raises ModelError for a runner
+        that does not tell, MeasureError where its numbers do not add up."""
+        from deploy.errors import MeasureError
+
+        for tried in range(1, TRIES):
+            with suppress(MeasureError):
+                return self._profile(artifact, tried * RUNS)
+        return self._profile(artifact, TRIES * RUNS)
+
+    def _profile(self, artifact: _Artifact, runs: int) -> Profile:
         from deploy import parity, profilers
         from deploy.runners import ENGINE_KINDS
 
         inputs, found = parity.normal_inputs(self.shapes, self.place.batch, 0), {"": artifact.opens}
         if self.kind == "onnxruntime":
-            return profilers.profile_onnx(found, inputs, runs=RUNS, threads=self.place.threads)[""]
+            return profilers.profile_onnx(found, inputs, runs=runs, threads=self.place.threads)[""]
         if self.kind in ENGINE_KINDS:
             runner = self.open(artifact)
             try:
-                return profilers.profile_engine(runner, cast("Path", artifact.onnx), inputs, runs=RUNS)
+                return profilers.profile_engine(runner, cast("Path", artifact.onnx), inputs, runs=runs)
             finally:
                 runner.close()
         if self.kind.startswith("torch"):
             device = "cuda" if self.place.target.gpu else "cpu"
-            return profilers.profile_torch(found, inputs, runs=RUNS, device=device)[""]
+            return profilers.profile_torch(found, inputs, runs=runs, device=device)[""]
         fix = "take a target of ONNX Runtime on the CPU, TensorRT or torch"
         raise ModelError(f"{self.kind} does not tell how long each layer takes", "budget.target", fix)
 
