@@ -68,7 +68,7 @@ class Budgeted:
                 "model_error": self.latency.known_error,
                 "networks": self.latency.networks,
                 "within": WITHIN,
-                "looks": [asdict(look) | {"fits": look.fits, "near": look.near} for look in looks],
+                "looks": [asdict(look) | {"fits": look.fits} for look in looks],
             }
         return document
 

@@ -95,7 +95,7 @@ def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) ->
         config, traced.net, cmap, traced.example, run=None, folder=work.folder, progress=_progress(work)
     )
     keep, reached, looks = chosen(found, scores)
-    return _Chosen(keep, found.where, reached and all(look.near for look in looks[-1:]), found.as_dict(looks))
+    return _Chosen(keep, found.where, reached and all(look.met for look in looks[-1:]), found.as_dict(looks))
 
 
 def _progress(work: Work) -> Note:
