@@ -23,7 +23,7 @@ WITHIN = 0.03
 AIM = 1 - WITHIN / 2
 """What is aimed at, as a share of the latency asked for."""
 LOOKS = 5
-EARLY = (1 / 2, 3 / 4)
+EARLY = (1 / 4, 5 / 8)
 """Shares of the way, in logarithms, after which the model is checked before anything is lost."""
 TRIES = 20
 
@@ -52,22 +52,13 @@ class Look:
         return self.measured <= self.asked * (1 + WITHIN)
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a step comes down to; above 1 where a corrected model says that the network takes more."""
-
-    kind: str
-    ratio: float
-
-
 def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> Selection:
     """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further.
 
     scores: (units,), higher is more important; keep: bool (units,). reached: the budgets themselves are met.
     """
     counts = class_counts(where.cmap, keep)
-    now = [where.cost.ratio(target.kind, counts) for target in where.targets]
-    goals = [Goal(t.kind, max(t.ratio, n - pace)) for t, n in zip(where.targets, now, strict=True)]
+    goals = {t.kind: max(t.ratio, where.cost.ratio(t.kind, counts) - pace) for t in where.targets}
     order = ascending(scores, keep, where.cmap)
     levels = [own[own <= n] for own, n in zip(where.levels, counts, strict=True)]
     worth = [importance_at(scores[units], own) for units, own in zip(order, levels, strict=True)]
@@ -103,18 +94,18 @@ def _fitting(
     counts: np.ndarray,
     levels: list[np.ndarray],
     worth: list[np.ndarray],
-    goals: list[Goal],
+    goals: dict[str, float],
 ) -> tuple[np.ndarray, float]:
     """Counts whose own costs meet the goals, or the narrowest; and how far from the best they may be.
 
     A choice that costs more than its class-by-class costs add up to is made again with so much less to spend,
     and where that leads nowhere, from that choice on.
     """
-    costs = [_costs(cost, goal.kind, counts, levels) for goal in goals]
-    now = np.array([cost.ratio(goal.kind, counts) for goal in goals])
+    costs = [_costs(cost, kind, counts, levels) for kind in goals]
+    now = np.array([cost.ratio(kind, counts) for kind in goals])
     least = np.array([[own[0] for own in costs[k]] for k in range(len(goals))])
     spent = [np.stack([costs[k][g] - least[k][g] for k in range(len(goals))], 1) for g in range(len(counts))]
-    asked = np.array([goal.ratio for goal in goals])
+    asked = np.array([*goals.values()])
     aims, chosen = asked.copy(), counts
     narrowest = np.array([own[0] for own in levels])
     for _ in range(TRIES):
@@ -126,7 +117,7 @@ def _fitting(
         except (Infeasible, TimeoutError):
             break
         chosen = np.array([own[at] for own, at in zip(levels, found.levels, strict=True)])
-        over = np.array([cost.ratio(goal.kind, chosen) for goal in goals]) - asked
+        over = np.array([cost.ratio(kind, chosen) for kind in goals]) - asked
         if (over <= 1e-9).all():
             return chosen, found.loss_gap
         added = aims - budgets + found.costs

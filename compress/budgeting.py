@@ -52,8 +52,13 @@ class Budgeted:
 
         return look
 
-    def as_dict(self, looks: tuple[Look, ...], gap: float | None = None) -> dict[str, Any]:
-        """For prune.json: what was asked for, what the model knew, what was measured. gap: if known."""
+    def as_dict(
+        self, looks: tuple[Look, ...], look: Look | None = None, gap: float | None = None
+    ) -> dict[str, Any]:
+        """For prune.json: what was asked for, what the model knew, what was measured.
+
+        look: the one of `looks` at the network that was chosen, None where there is none; gap: if known.
+        """
         asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
         document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
         if self.latency is not None and self.meter is not None:
@@ -68,7 +73,8 @@ class Budgeted:
                 "model_error": self.latency.known_error,
                 "networks": self.latency.networks,
                 "within": WITHIN,
-                "looks": [asdict(look) | {"fits": look.fits} for look in looks],
+                "measured_ratio": None if look is None else look.measured,
+                "looks": [asdict(look) | {"fits": look.fits, "near": look.near} for look in looks],
             }
         return document
 
@@ -151,8 +157,10 @@ def measured(
     setting = setting_of(place)
     shared = _Shared.of(config, place, folder, setting)
     path = shared.path if run is None else run / TABLE
-    if distributed.is_main() and run is not None:
-        _begin(path, shared.read(), setting)
+    if distributed.is_main():
+        known = shared.read()
+        if run is not None:
+            _begin(path, known, setting)
     distributed.barrier()
     block = targets.resolve_align(place.target)
     meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress)
@@ -204,6 +212,8 @@ class _Shared:
         except DeployError:
             if not self.is_cache:
                 raise
+            with suppress(OSError):
+                self.path.unlink()
             return latency_table.Table(self.setting)
 
     def add(self, table: Table) -> None:

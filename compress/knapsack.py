@@ -33,8 +33,11 @@ class Infeasible(ValueError):
         self.least = least
         self.budgets = budgets
         self.together = bool((least <= budgets * (1 + OVERSPEND)).all())
-        pairs = ", ".join(f"{a:g} of {b:g}" for a, b in zip(least, budgets, strict=True))
-        super().__init__(f"no choice fits all budgets; least cost of each resource: {pairs}")
+        super().__init__(least, budgets)
+
+    def __str__(self) -> str:
+        pairs = ", ".join(f"{a:g} of {b:g}" for a, b in zip(self.least, self.budgets, strict=True))
+        return f"no choice fits all budgets; least cost of each resource: {pairs}"
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,16 @@ def choose(values: Sequence[np.ndarray], costs: Sequence[np.ndarray], budgets: n
     values[g]: (levels,), not negative; costs[g]: (levels, resources), not negative; budgets: (resources,).
     Neither need rise from level to level. Rounding may overspend a budget by 1e-9 of it, nothing else may.
     Time is linear in the levels, save for sorting; the dynamic programme's is levels that are still open
-    times buckets of cost (at most 32,768), and never more than 60 million steps. Deterministic.
+    times buckets of cost, at most 20 million for each of its tables. Deterministic.
     Raises Infeasible, ValueError for misshapen input, and TimeoutError when several budgets are so tight that
-    no choice is found and none ruled out.
+    in a minute no choice is found and none ruled out.
     """
     given = _Given.of(values, costs, budgets)
     table = tightened(given.table)
     if table is None:
         raise given.infeasible()
     dual = dual_of(table)
-    if dual.bound < table.least_value():
+    if dual.rules_out(table):
         raise given.infeasible()
     found = primal(table, dual)
     if found is None:
@@ -95,7 +98,7 @@ def exact(
 ) -> Choice:
     """The same by HiGHS: the optimum, or within `gap` of it, or the best after `seconds`.
 
-    Raises Infeasible, and TimeoutError when time is up before anything that fits was found.
+    Raises Infeasible, ValueError for misshapen input, and TimeoutError when time is up before anything fits.
     """
     given = _Given.of(values, costs, budgets)
     table = tightened(given.table)
@@ -105,13 +108,13 @@ def exact(
     if solved.proven_empty:
         raise given.infeasible()
     if solved.picks is None:
-        raise TimeoutError(f"no choice that fits all budgets was found within {seconds:g} s")
+        raise TimeoutError("HiGHS found no choice that fits all budgets, and did not rule one out either")
     return given.choice(table.at[solved.picks], solved.bound)
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What the caller gave, in one row: values (n,), costs (n, resources), level (n,), first (groups,)."""
+    """What the caller gave, in one row: values (n,), costs (n, resources); first (groups,): their starts."""
 
     values: np.ndarray
     costs: np.ndarray

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
+from compress.knapsack_search import filled, repaired
 from compress.knapsack_table import Table
 
 CELLS = 20_000_000  # steps of one dynamic programme; its table of choices has no more entries
@@ -49,6 +51,8 @@ def _whole(core: Table, most: int) -> tuple[np.ndarray, int] | None:
     """Costs and room as multiples of their common divisor, at most `most` of them."""
     raw = core.costs[:, 0] * core.unit[0]
     whole = np.rint(raw)
+    if core.unit[0] < 1:  # in this unit everything would be 0
+        return None
     if np.abs(raw - whole).max() > 1e-9 + 1e-12 * core.unit[0]:
         return None
     common = max(int(np.gcd.reduce(whole.astype(np.int64))), 1)
@@ -87,21 +91,35 @@ def _walked(core: Table, moves: np.ndarray, steps: np.ndarray, buckets: int) -> 
 
 
 def highs(table: Table, gap: float = 0.0, seconds: float | None = None, nodes: int | None = None) -> Solved:
-    """HiGHS. It may overspend by its own tolerance; then it gets that much less and solves again."""
-    bound, limit = np.inf, 1.0
+    """HiGHS. It may overspend by its own tolerance; then it gets that much less and solves again.
+
+    Where no time is left for that, its choice is made to fit as any other.
+    """
+    bound, limit, started = np.inf, 1.0, time.monotonic()
+    fitted: np.ndarray | None = None
+    left = seconds
     for _ in range(3):
-        status, x, dual_bound = _milp(
-            table, limit, {"mip_rel_gap": gap, "time_limit": seconds, "node_limit": nodes}
-        )
+        options = {"mip_rel_gap": gap, "time_limit": left, "node_limit": nodes}
+        status, x, dual_bound = _milp(table, limit, options)
         if status == 2:
-            return Solved(None, bound, proven_empty=limit == 1)
+            return Solved(fitted, bound, proven_empty=limit == 1)
         if limit == 1 and dual_bound is not None:
             bound = dual_bound
         picks = None if x is None else table.first(x)
         if picks is None or table.fits(picks):
-            return Solved(picks, bound)
+            return Solved(picks if fitted is None else _better(table, fitted, picks), bound)
+        prices = np.zeros(len(table.unit))
+        made = repaired(table, picks, prices)
+        fitted = fitted if made is None else _better(table, filled(table, made, prices), fitted)
+        left = None if seconds is None else seconds - (time.monotonic() - started)
+        if left is not None and left <= 0:
+            break
         limit -= 2 * (table.used(picks).max() - limit)
-    return Solved(None, bound)
+    return Solved(fitted, bound)
+
+
+def _better(table: Table, one: np.ndarray, other: np.ndarray | None) -> np.ndarray:
+    return one if other is None or table.value(one) >= table.value(other) else other
 
 
 def _milp(

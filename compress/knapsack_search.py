@@ -13,7 +13,7 @@ import numpy as np
 from compress.knapsack_table import ROUNDING, Table
 
 CUTS = 80
-TIGHT = 1e-3  # as a share of what is given up: a gap this small is not worth more time
+TIGHT = 1e-3  # as a share of what is kept and of what is given up: such a gap is not worth more time
 STARTS = 4
 NEAR = 256  # moves that are tried in pairs
 EXCHANGES = 64
@@ -26,6 +26,11 @@ class Dual:
     prices: np.ndarray
     bound: float
     picks: list[np.ndarray]
+
+    def rules_out(self, table: Table) -> bool:
+        """Whether the bound, rounding aside, is less than what any choice has: then none fits."""
+        least = float(np.minimum.reduceat(table.values, table.start).sum())
+        return self.bound + 1e-6 * (1 + float(self.prices.sum())) < least
 
 
 def dual_of(table: Table) -> Dual:
@@ -43,11 +48,10 @@ def dual_of(table: Table) -> Dual:
         chosen.append(picks)
         if (here := float(plane[:-1] @ prices + plane[-1])) < bound:
             best, bound = prices, here
-        if bound < table.least_value():
-            break
         prices, lowest, weights = _lowest(np.array(planes), box)
         if bound - lowest <= 1e-7:
-            if resources == 1 or box > 1e4 or prices.max() < box * 0.999:
+            on_edge = resources > 1 and prices.max() > box * 0.999
+            if not on_edge or box > 1e4 or Dual(best, bound, []).rules_out(table):
                 break
             box *= 8
             prices, lowest, weights = _lowest(np.array(planes), box)
@@ -59,8 +63,9 @@ def dual_of(table: Table) -> Dual:
 def _mixed(chosen: list[np.ndarray], weights: np.ndarray) -> np.ndarray:
     """Each plane's choice in its share of the groups, evenly: near the budgets however much is tied."""
     spread = (np.arange(len(chosen[0])) + 0.5) * (np.sqrt(5) - 1) / 2 % 1
-    plane = np.searchsorted(np.cumsum(weights)[:-1], spread)
-    mixed: np.ndarray = np.array(chosen[: len(weights)])[plane, np.arange(len(spread))]
+    active = np.flatnonzero(weights > 1e-9)
+    plane = np.searchsorted(np.cumsum(weights[active])[:-1], spread)
+    mixed: np.ndarray = np.array([chosen[k] for k in active])[plane, np.arange(len(spread))]
     return mixed
 
 
@@ -84,7 +89,7 @@ def primal(table: Table, dual: Dual) -> np.ndarray | None:
     """The best that fits near the dual's choices; None where they cannot be made to fit."""
     found: np.ndarray | None = None
     for start in dual.picks:
-        picks = _repaired(table, start, dual.prices)
+        picks = repaired(table, start, dual.prices)
         if picks is None:
             continue
         picks = exchanged(table, filled(table, picks, dual.prices), dual)
@@ -103,7 +108,7 @@ def allowance(value: float) -> float:
     return TIGHT * max(min(value, 1 - value), 0) + 1e-6
 
 
-def _repaired(table: Table, picks: np.ndarray, prices: np.ndarray) -> np.ndarray | None:
+def repaired(table: Table, picks: np.ndarray, prices: np.ndarray) -> np.ndarray | None:
     """Moves with the least loss for what they relieve, all at once as far as needed; None: no way out."""
     while not table.fits(picks):
         used = table.used(picks)

@@ -50,10 +50,6 @@ class Table:
     def value(self, picks: np.ndarray) -> float:
         return float(self.values[picks].sum())
 
-    def least_value(self) -> float:
-        """Every choice has this much value, fits or not; a bound below it says that none fits."""
-        return float(np.minimum.reduceat(self.values, self.start).sum()) - 1e-6
-
     def moves(self, picks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What going to each level from its group's pick adds in value (n,) and in costs (n, resources)."""
         here = picks[self.group]

@@ -87,8 +87,9 @@ def _size(cmap: ChannelMap, name: str) -> int:
 
 
 def fingerprint(net: GraphNet, cmap: ChannelMap) -> str:
-    """The architecture, whatever its weights are."""
-    facts = [net.code, sorted(cmap.shapes.items()), cmap.classes.tolist()]
+    """The architecture at its size of input, whatever its weights are."""
+    work = [(term.weight, term.factor) for term in cmap.terms]
+    facts = [net.code, sorted(cmap.shapes.items()), cmap.classes.tolist(), work]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

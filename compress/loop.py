@@ -64,7 +64,8 @@ class Step:
 class Pruned:
     """masked: the trained network with removed units at zero. unmasked: the same with their reading
     slices as they were when they left. keep: bool (units,). optimizer: state by parameter name. looks: at
-    the latency on the target, the last at this network; gap: the largest of a step's selection."""
+    the latency on the target; look: the one at this network, None where it was not measured; gap: the largest
+    of a step's selection."""
 
     masked: GraphNet
     unmasked: GraphNet
@@ -75,6 +76,7 @@ class Pruned:
     baseline: float | None
     optimizer: dict[str, dict[str, Tensor]]
     looks: tuple[Look, ...] = ()
+    look: Look | None = None
     gap: float = 0.0
 
 
@@ -257,6 +259,7 @@ class _Run:
             s.baseline,
             {name: entry for name, entry in state.items() if entry},
             tuple(s.looks),
+            s.looks[-1] if s.ended else None,
             s.gap,
         )
 
@@ -416,6 +419,6 @@ class _Run:
         with torch.no_grad():
             for name, value in self.net.state_dict().items():
                 value.copy_(weights[name])
-        self.state.reached = False
+        self.state.reached = self.state.ended = False
         self.state.history = self.state.history[:-1]
         self.state.stop_reason = f"{reason}; went back to removal {len(self.state.history)}"

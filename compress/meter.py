@@ -174,7 +174,7 @@ class Meter:
                 kind = f"{kind} | {self.widths.pairs[anchor]:g} MACs a pair of channels"
             if anchor != layer.name:
                 kind = f"{kind} behind {kinds.get(anchor, anchor)}"
-            share = ms * layer.ms / profile.run_ms
+            share = round(ms * layer.ms / profile.run_ms, 6)  # as much as a clock can tell
             rows.append(Row(layer.name, kind, widths.get(anchor, (0, 0)), share))
         return tuple(rows)
 

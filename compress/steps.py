@@ -341,7 +341,7 @@ def _prune(work: Work, traced: Traced) -> Done:
     )  # fmt: skip
     seconds = (datetime.now(UTC) - started).total_seconds()
     folded = [name for name, _ in traced.folded]
-    facts = None if budget is None else budget.as_dict(pruned.looks, pruned.gap)
+    facts = None if budget is None else budget.as_dict(pruned.looks, pruned.look, pruned.gap)
     return _write_pruned(work, cmap, where, pruned, {"seconds": seconds, "folded": folded, "budget": facts})
 
 

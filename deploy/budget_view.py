@@ -10,14 +10,15 @@ from deploy.values import count, measured, milliseconds, number, percent, rows, 
 
 
 def table(latency: Mapping[str, Any]) -> Table:
-    """Every network that was measured on the way; the last is the one that was taken."""
+    """Every network that was measured on the way; the last is the one that was taken, if it was measured."""
     whole, looks = number(latency.get("original_ms")), rows(latency, "looks")
+    last = len(looks) if number(latency.get("measured_ratio")) is not None else 0
     body = []
     for which, look in enumerate(looks, start=1):
         asked, found = number(look.get("asked")), number(look.get("measured"))
         shown = (_ms(look.get(key), whole) for key in ("asked", "predicted", "measured"))
         off = percent(found / asked - 1, 1) if asked and found is not None else ""
-        taken = "taken" if which == len(looks) else "on the way"
+        taken = "taken" if which == last else "on the way"
         body.append((count(which), *shown, measured(found, _share), off, taken))
     headers = ("Network", "Asked", "Predicted", "Measured", "Of the original", "Off by", "")
     return Table(headers, "rrrrrrt", tuple(body))
@@ -47,9 +48,9 @@ def place(latency: Mapping[str, Any]) -> str:
 
 
 def _outcome(latency: Mapping[str, Any]) -> str:
-    """How near the last look came to what was asked."""
-    whole, last = number(latency.get("original_ms")), (rows(latency, "looks") or [{}])[-1]
-    asked, found = number(last.get("asked")), number(last.get("measured"))
+    """How near the network that was taken comes to what was asked."""
+    whole = number(latency.get("original_ms"))
+    asked, found = number(latency.get("asked_ratio")), number(latency.get("measured_ratio"))
     if not asked or found is None:
         return "The network that pruning ends with was not measured there."
     off, within = found / asked - 1, number(latency.get("within")) or 0.0

@@ -88,10 +88,11 @@ class Table:
 
     def add(self, other: Table) -> bool:
         """Take over what another table of the same setting has more, looks among the entries."""
-        found = [*other.entries, *other.looks]
-        new = [entry for entry in found if self.find(entry.model, entry.counts) is None]
-        self.entries += new
-        return bool(new)
+        before = len(self.entries)
+        for entry in (*other.entries, *other.looks):
+            if self.find(entry.model, entry.counts) is None:
+                self.entries.append(entry)
+        return len(self.entries) > before
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -101,7 +102,7 @@ class Table:
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
-    return asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, round(r.ms, 6)] for r in entry.rows]}
+    return asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, r.ms] for r in entry.rows]}
 
 
 def read(path: Path, setting: Setting) -> Table:

@@ -170,8 +170,8 @@ class TestBudget:
             (
                 "target: h100",
                 6,
-                "budget.target: h100 needs a CUDA device: latency is measured while pruning; prune where "
-                "there is one; see compress doctor",
+                "budget.target: h100 needs a CUDA device: latency is measured while pruning; "
+                "prune where there is one; see compress doctor",
             ),
         ],
     )

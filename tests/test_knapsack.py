@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import product
 
 import numpy as np
@@ -197,6 +198,15 @@ class TestShapesOfCost:
         assert found.value == pytest.approx(exact(values, costs, between(costs, 0.31)).value, rel=2e-3)
         assert found.loss_gap <= 0.002
 
+    @pytest.mark.parametrize("unit", [1e-13, 1e13])
+    def test_the_unit_of_cost_does_not_matter(self, unit: float) -> None:
+        values, costs = layers(12, 20, 1, seed=6)
+        budgets = between(costs, 0.4)
+        expected = choose(values, costs, budgets)
+        found = choose(values, [own * unit for own in costs], budgets * unit)
+        assert found.value == pytest.approx(expected.value, rel=1e-3)
+        assert found.gap <= expected.gap + 1e-3
+
     def test_values_of_zero(self) -> None:
         found = choose([np.zeros(3)], [np.arange(3.0)[:, None]], np.array([1.0]))
         assert (found.value, found.bound, found.gap, found.loss_gap) == (0.0, 0.0, 0.0, 0.0)
@@ -212,6 +222,15 @@ class TestInfeasible:
             np.testing.assert_allclose(caught.value.least, least)
             np.testing.assert_allclose(caught.value.budgets, least * [0.9, 2.0])
             assert not caught.value.together
+
+    def test_survives_pickling(self) -> None:
+        error = pickle.loads(pickle.dumps(Infeasible(np.array([2.0]), np.array([1.0]))))
+        assert str(error) == "no choice fits all budgets; least cost of each resource: 2 of 1"
+
+    def test_is_not_claimed_when_time_is_up(self) -> None:
+        values, costs = layers(60, 20, 3, seed=2)
+        with pytest.raises(TimeoutError, match="did not rule one out"):
+            exact(values, costs, between(costs, 0.5), seconds=0.0)
 
     def test_budgets_that_cannot_be_met_together(self) -> None:
         values = [np.array([1.0, 1.0])] * 4
