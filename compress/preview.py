@@ -95,12 +95,8 @@ def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) ->
         config, traced.net, cmap, traced.example, run=None, folder=work.folder, progress=_progress(work)
     )
     keep, reached, looks = chosen(found, scores)
-    return _Chosen(
-        keep,
-        found.where,
-        reached and all(look.near for look in looks[-1:]),
-        found.as_dict(looks, looks[-1] if looks else None),
-    )
+    look = looks[-1] if looks else None
+    return _Chosen(keep, found.where, reached and (look is None or look.met), found.as_dict(looks, look))
 
 
 def _progress(work: Work) -> Note:

@@ -10,14 +10,15 @@ from deploy.values import count, measured, milliseconds, number, percent, rows, 
 
 
 def table(latency: Mapping[str, Any]) -> Table:
-    """Every network that was measured on the way; the last is the one that was taken."""
+    """Every network that was measured on the way; the last is the one that was taken, if it was measured."""
     whole, looks = number(latency.get("original_ms")), rows(latency, "looks")
+    last = len(looks) if number(latency.get("measured_ratio")) is not None else 0
     body = []
     for which, look in enumerate(looks, start=1):
         asked, found = number(look.get("asked")), number(look.get("measured"))
         shown = (_ms(look.get(key), whole) for key in ("asked", "predicted", "measured"))
         off = percent(found / asked - 1, 1) if asked and found is not None else ""
-        taken = "taken" if which == len(looks) else "tried"
+        taken = "taken" if which == last else "on the way"
         body.append((count(which), *shown, measured(found, _share), off, taken))
     headers = ("Network", "Asked", "Predicted", "Measured", "Of the original", "Off by", "")
     return Table(headers, "rrrrrrt", tuple(body))
@@ -47,13 +48,18 @@ def place(latency: Mapping[str, Any]) -> str:
 
 
 def _outcome(latency: Mapping[str, Any]) -> str:
-    """How near the last look came to what was asked."""
-    whole, last = number(latency.get("original_ms")), (rows(latency, "looks") or [{}])[-1]
-    if number(last.get("measured")) is None:
+    """How near the network that was taken comes to what was asked."""
+    whole = number(latency.get("original_ms"))
+    asked, found = number(latency.get("asked_ratio")), number(latency.get("measured_ratio"))
+    if not asked or found is None:
         return "The network that pruning ends with was not measured there."
-    within = measured(latency.get("within"), lambda x: percent(x, 0))
-    met = "within" if last.get("near") is True else "not within"
-    return f"The network that was taken takes {_ms(last['measured'], whole)} there, {met} {within} of it."
+    off, within = found / asked - 1, number(latency.get("within")) or 0.0
+    took = f"The network that was taken takes {_ms(found, whole)} there"
+    if abs(off) <= within:
+        return f"{took}, within {percent(within, 0)} of it."
+    if off < 0:
+        return f"{took}, {percent(-off, 1)} less than asked: the widths allowed have nothing nearer."
+    return f"{took}, {percent(off, 1)} more than asked."
 
 
 def _model(latency: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.charts import BLUE, INK, MUTED, ORANGE, _figure, _note, _style, _trim
+from deploy.charts import BLUE, INK, MUTED, ORANGE, _figure, _style, _trim
 from deploy.values import entries, milliseconds, number, percent, rows, text, thinned
 
 MOST_CLASSES = 10
@@ -58,13 +58,17 @@ def _front(axes: Any, found: Mapping[str, Any]) -> None:
     asked = number(found.get("asked_ratio"))
     if asked is not None:
         axes.axvline(asked * whole, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
-        _note(axes, asked * whole, 0.03, f"budget {milliseconds(asked * whole)}", right=True)
+        said = f"budget {milliseconds(asked * whole)}"
+        axes.annotate(
+            said, (asked * whole, 0.32), (-4, 0), textcoords="offset points",
+            ha="right", va="center", rotation=90, fontsize=8.5,
+        )  # fmt: skip
     axes.set_title("Importance that is kept")
     axes.set_xlabel(f"ms per call (unpruned: {milliseconds(whole)})")
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.set_xlim(0, whole * 1.06)
     axes.set_ylim(0, 1.04)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    axes.legend(facecolor="white", edgecolor="none", fontsize=8, labelcolor=INK, loc="lower right")
 
 
 def _bars(axes: Any, classes: Sequence[Mapping[str, Any]]) -> None:
@@ -76,6 +80,7 @@ def _bars(axes: Any, classes: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yticks(range(len(classes)), shown, color=INK, fontsize=8)
     axes.set_ylim(max(len(classes), 3) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+    axes.set_axisbelow(True)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     axes.set_title("One class of channels at its narrowest")
     labels = (("latency saved", BLUE), ("importance lost", ORANGE))

@@ -14,7 +14,9 @@ import pytest
 from helpers import images, randomise
 from rich.console import Console
 
+from compress import meter
 from compress.channelmap import ChannelMap, channel_map
+from compress.cli import main
 from compress.cost import cost_model, in_blocks
 from compress.front import Outlook
 from compress.inspection import written_by
@@ -231,3 +233,80 @@ def test_a_drawing_without_what_is_not_known(tmp_path: Path) -> None:
     assert "model, ±" not in said
     assert "budget" not in said
     assert "whole blocks" not in said
+
+
+# -- from the command line ----------------------------------------------------------------------------
+
+CONFIG = """
+version: 1
+model:
+  name: compress.zoo:cifar_resnet
+  kwargs: {depth: 8, width: 8, channels: 1}
+  input_shape: [1, 28, 28]
+data: {name: mnist5k, batch_size: 16, train_limit: 100, validation: 0.4}
+prune: {align: 2, minibatches_per_step: 2}
+bench: {batches: [1]}
+"""
+
+
+def called(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    found = capfd.readouterr()
+    return code, found.out, found.err
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config in an empty folder, a cache of its own, and measurements that are short."""
+    for name, value in (("REPEATS", 3), ("SECONDS", 0.02), ("RUNS", 3)):
+        monkeypatch.setattr(meter, name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compress.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_look_measures_once_and_then_reads(quick: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("--set", "budget={latency_ratio: 0.7}")
+    code, out, err = called(capfd, "inspect", "--target", "--json", "--plot", "f.svg", *asked)
+    assert code == 0
+    assert "measuring networks of other widths" in err
+    found = json.loads(out)["result"]
+    assert (found["target"], found["runner"], found["batch"]) == ("cpu-ort", "onnxruntime", 1)
+    assert (found["asked_ratio"], found["criterion"]) == (0.7, "taylor")
+    assert found["networks"] == len(found["measured"]) > 3
+    assert found["points"][0]["importance"] == pytest.approx(1.0)
+    assert found["points"][-1]["ratio"] < 0.9
+    assert sum(one["units"] for one in found["classes"]) == 88
+    assert "layer3.0.conv1" in (quick / "f.svg").read_text()
+    code, again, err = called(capfd, "inspect", "--target", "--json", *asked)
+    assert (code, "measuring" in err) == (0, False)
+    assert json.loads(again)["result"] == found
+    code, out, _ = called(capfd, "plan", *asked)
+    assert code == 0
+    assert "Asked for: " in out
+    code, out, _ = called(capfd, "inspect", *asked)
+    assert code == 0
+    assert "what a target would leave" in out
+
+
+@pytest.mark.slow
+def test_a_look_at_a_model_without_data(quick: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = ("torchvision:squeezenet1_1", "--input-shape", "3,64,64", "--classes", "5", "--target")
+    code, out, _ = called(capfd, "inspect", *model, "cpu-ort", "--json")
+    assert code == 0
+    found = json.loads(out)["result"]
+    assert (found["criterion"], found["batch"], found["asked_ratio"]) == ("magnitude", 1, None)
+    assert found["points"][-1]["importance"] < 0.9
+    assert {"features.0"} in [set(one["layers"]) for one in found["classes"]]
+
+
+def test_a_look_at_a_target_that_is_not_there(quick: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, _, err = called(capfd, "inspect", "compress.yaml", "--target", "cpu-ortt")
+    assert code == 3
+    assert "error: --target: unknown target 'cpu-ortt'; use cpu-ort" in err
+    code, _, err = called(capfd, "inspect", "compress.yaml", "--target", "h100")
+    assert code == 6
+    said = "h100 needs a CUDA device: latency is measured there; look where there is one; see compress doctor"
+    assert f"error: --target: {said}" in err
