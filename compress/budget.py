@@ -55,18 +55,24 @@ class Look:
 def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> Selection:
     """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further.
 
-    scores: (units,), higher is more important; keep: bool (units,). reached: the budgets themselves are met.
+    What leaves is part of what would leave on the way to the budgets as things stand: a step alone would have
+    to save its pace in whole blocks of channels, whatever they are worth. scores: (units,), higher is more
+    important; keep: bool (units,). reached: the budgets themselves are met.
     """
     counts = class_counts(where.cmap, keep)
-    goals = {t.kind: max(t.ratio, where.cost.ratio(t.kind, counts) - pace) for t in where.targets}
+    ends = {target.kind: target.ratio for target in where.targets}
+    goals = {kind: max(end, where.cost.ratio(kind, counts) - pace) for kind, end in ends.items()}
     order = ascending(scores, keep, where.cmap)
     levels = [own[own <= n] for own, n in zip(where.levels, counts, strict=True)]
-    worth = [importance_at(scores[units], own) for units, own in zip(order, levels, strict=True)]
-    chosen, gap = _fitting(where.cost, counts, levels, worth, goals)
+    worth = [importance_at(scores[units], np.arange(len(units) + 1)) for units in order]
+    chosen, gap = _fitting(where.cost, counts, levels, worth, ends)
+    if goals != ends:
+        within = [own[own >= n] for own, n in zip(levels, chosen, strict=True)]
+        chosen, _ = _fitting(where.cost, counts, within, worth, goals)
     kept = keep.copy()
     for units, before, after in zip(order, counts, chosen, strict=True):
         kept[units[: before - after]] = False
-    reached = all(where.cost.ratio(t.kind, chosen) <= t.ratio + 1e-9 for t in where.targets)
+    reached = all(where.cost.ratio(kind, chosen) <= end + 1e-9 for kind, end in ends.items())
     return Selection(kept, reached, int(keep.sum() - kept.sum()), gap)
 
 
@@ -98,6 +104,8 @@ def _fitting(
 ) -> tuple[np.ndarray, float]:
     """Counts whose own costs meet the goals, or the narrowest; and how far from the best they may be.
 
+    worth: by class, what its n most important units are worth, for n = 0, 1, ...
+
     A choice that costs more than its class-by-class costs add up to is made again with so much less to spend,
     and where that leads nowhere, from that choice on.
     """
@@ -113,7 +121,8 @@ def _fitting(
         if (budgets < 0).any():
             break
         try:
-            found = choose(worth, [np.maximum(own, 0) for own in spent], budgets)
+            kept = [own[at] for own, at in zip(worth, levels, strict=True)]
+            found = choose(kept, [np.maximum(own, 0) for own in spent], budgets)
         except (Infeasible, TimeoutError):
             break
         chosen = np.array([own[at] for own, at in zip(levels, found.levels, strict=True)])
@@ -124,9 +133,8 @@ def _fitting(
         aims = np.where(over > 1e-9, np.minimum(aims, added) - over, aims)
     if (chosen == counts).all():
         return narrowest, 0.0
-    within = [own[own <= n] for own, n in zip(levels, chosen, strict=True)]
     return _fitting(
-        cost, chosen, within, [own[: len(w)] for own, w in zip(worth, within, strict=True)], goals
+        cost, chosen, [own[own <= n] for own, n in zip(levels, chosen, strict=True)], worth, goals
     )
 
 
