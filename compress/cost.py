@@ -47,8 +47,10 @@ class Products:
 
 
 def in_blocks(widths: np.ndarray, block: int) -> np.ndarray:
-    """Channels as a target computes them: more than a block are rounded up to whole ones."""
-    return np.where(widths > block, np.ceil(np.round(widths / block, 9)) * block, widths)
+    """Channels as a target computes them: rounded up to whole blocks, or in the first to a power of two."""
+    whole = np.ceil(np.round(widths / block, 9)) * block
+    part = np.exp2(np.ceil(np.round(np.log2(np.maximum(widths, 1)), 9)))
+    return np.where(widths > block / 2, whole, np.where(widths > 0, part, 0.0))
 
 
 @dataclass(frozen=True)

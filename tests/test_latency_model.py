@@ -201,8 +201,8 @@ def board_ratio(board: Board, power: float, cmap: ChannelMap, counts: np.ndarray
 
 class TestBlocks:
     def test_widths_are_rounded_up_to_whole_blocks(self) -> None:
-        found = in_blocks(np.array([1.0, 7, 8, 9, 15.9999999999, 16, 17]), 8)
-        assert found.tolist() == [1, 7, 8, 16, 16, 16, 24]
+        found = in_blocks(np.array([0.0, 1, 2, 3, 4, 5, 8, 9, 15.9999999999, 16, 17]), 8)
+        assert found.tolist() == [0, 1, 2, 4, 4, 8, 8, 16, 16, 16, 24]
 
     @settings(max_examples=6, deadline=None)
     @given(names, seeds)
