@@ -116,7 +116,7 @@ class TestNarrow:
         assert all(any(where.cost.ratio(kind, w) > goal for kind, goal in goals) for w in wider)
 
     @pytest.mark.parametrize("name", MAPS)
-    @pytest.mark.parametrize("pace", [0.1, 1.0])
+    @pytest.mark.parametrize("pace", [pytest.param(0.1, marks=pytest.mark.slow), 1.0])
     def test_one_step_or_many_use_what_there_is_to_spend(self, name: str, pace: float) -> None:
         cmap = MAPS[name]()
         for ratio in (0.75, 0.45):
@@ -146,6 +146,7 @@ class TestNarrow:
         found = narrow(scores_of(cmap, 0), keep, where, 0.02)
         assert (found.removed, found.reached) == (0, True)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "pace", "worst"),
         [("cifar", 0.1, 0.005), ("mlp", 0.1, 0.005), ("mlp", 0.02, 0.005), ("cifar", 0.02, 0.04)],
@@ -215,7 +216,9 @@ class TestClose:
             assert last.look.measured > 0.94 * ratio  # a step of the narrow layers here is some percent
             assert last.look.measured == board(last.selection.keep)
 
-    @pytest.mark.parametrize("factor", [0.7, 0.85, 1.0, 1.2, 1.4])
+    @pytest.mark.parametrize(
+        "factor", [1.2, *(pytest.param(f, marks=pytest.mark.slow) for f in (0.7, 0.85, 1, 1.4))]
+    )
     def test_many_steps_end_within_3_percent(self, factor: float) -> None:
         where = space_of(mlp_map(), Target("latency", 0.6 * AIM))
         board = Board(where, factor)
@@ -227,6 +230,7 @@ class TestClose:
         assert len(found) > 5
         assert board.asked <= 8
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("power", [0.8, 1.15])
     def test_an_error_that_grows_with_what_leaves(self, power: float) -> None:
         where = space_of(mlp_map(), Target("latency", 0.55 * AIM))
@@ -264,6 +268,7 @@ class TestClose:
         assert look.measured > 0.5 * (1 + WITHIN)
         assert not look.met
 
+    @pytest.mark.slow
     def test_another_budget_may_be_what_binds(self) -> None:
         where = space_of(mlp_map(), Target("latency", 0.9 * AIM), Target("macs", 0.4))
         found, keep = closed(where, Board(where), 0.05)

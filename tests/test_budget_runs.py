@@ -102,7 +102,7 @@ LATENCY = Target("latency", 0.6 * AIM)
 
 
 class TestLoop:
-    @pytest.mark.parametrize("factor", [0.8, 1.25])
+    @pytest.mark.parametrize("factor", [0.8, pytest.param(1.25, marks=pytest.mark.slow)])
     def test_stopped_after_any_removal_it_ends_the_same(self, tmp_path: Path, factor: float) -> None:
         whole = pruned(LATENCY, factor=factor)
         assert whole.reached
@@ -138,6 +138,7 @@ class TestLoop:
         assert ratios[-1] == pytest.approx(look.measured, rel=0.05)
         assert 0 <= done.gap <= 1
 
+    @pytest.mark.slow
     def test_what_is_out_of_reach_is_measured_and_told(self) -> None:
         done = pruned(Target("latency", 0.5 * AIM), factor=2.5)
         assert not done.reached
@@ -165,6 +166,7 @@ class TestLoop:
         assert (done.reached, done.looks, done.stop_reason) == (True, (), "target met")
         assert all(step.latency_ratio is None for step in done.history)
 
+    @pytest.mark.slow
     def test_another_model_of_the_latency_is_another_pruning(self, tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             pruned(LATENCY, folder=tmp_path, should_stop=stop_after(4))
@@ -177,6 +179,7 @@ class TestLoop:
         fresh = loop.prune(traced.net, where.cmap, where, task(), OPTIONS, measure=Board(where))
         same(done, fresh)
 
+    @pytest.mark.slow
     def test_a_tolerance_goes_back_to_what_was_good(self) -> None:
         options = OPTIONS.model_copy(update={"max_accuracy_drop": 0.2})
         done = pruned(LATENCY, options=options, falls_after=5)

@@ -213,7 +213,7 @@ def test_the_terminal_without_an_error_or_a_budget() -> None:
     assert not any("±" in line or "budget" in line for line in lines)
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("ending", [pytest.param("svg", marks=pytest.mark.slow), "png"])
 def test_a_drawing(tmp_path: Path, ending: str) -> None:
     draw_front(document(), tmp_path / f"f.{ending}")
     drawing = (tmp_path / f"f.{ending}").read_bytes()

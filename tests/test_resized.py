@@ -74,7 +74,9 @@ def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize("build", [Residual, Inverted, pytest.param(Multiplied, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "build", [Inverted, *(pytest.param(c, marks=pytest.mark.slow) for c in (Residual, Multiplied))]
+)
 def test_it_is_what_an_export_gives(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     wide, narrow = cut_by(build, 0)
     source, path = exported(wide, tmp_path / "wide.onnx"), tmp_path / "narrow.onnx"
