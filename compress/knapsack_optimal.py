@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -129,6 +130,7 @@ def _milp(
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
+    given: dict[str, Any] = {name: option for name, option in options.items() if option is not None}
     row = np.arange(len(table.values))
     one_each = csr_array((np.ones(len(row)), (table.group, row)))
     with _silence():
@@ -140,7 +142,7 @@ def _milp(
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(csr_array(COST_SCALE * table.costs.T), -np.inf, COST_SCALE * limit),
             ],
-            options={name: option for name, option in options.items() if option is not None},  # type: ignore[arg-type]
+            options=given,
         )
     bound = solved.mip_dual_bound
     return int(solved.status), solved.x, None if bound is None else -float(bound) / VALUE_SCALE
