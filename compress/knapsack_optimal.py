@@ -130,7 +130,7 @@ def _milp(
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    given: dict[str, Any] = {name: option for name, option in options.items() if option is not None}
+    given: Any = {name: option for name, option in options.items() if option is not None}
     row = np.arange(len(table.values))
     one_each = csr_array((np.ones(len(row)), (table.group, row)))
     with _silence():
