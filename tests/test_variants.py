@@ -273,7 +273,7 @@ def test_a_bench_for_another_family_as_a_machine_with_a_gpu_does_it(
 
     run = tmp_path / "run"
     monkeypatch.setattr(runners, "open_runner", open_runner)
-    monkeypatch.setattr(aim, "check", lambda config, here: None)
+    monkeypatch.setattr(aim, "check", lambda config, **given: None)
     monkeypatch.setattr(measuring, "_profile", lambda opener, document, precision: None)
     own = config.load(tmp_path / "compress.yaml", ASKED)
     found = pipeline.bench_for(own, tmp_path, str(tmp_path / "rtx.toml"), events=Silent())
