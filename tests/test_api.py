@@ -329,7 +329,9 @@ def _write(net: nn.Module, folder: Path) -> None:
     torch.save({"given": given, "leaves": leaves, "structure": str(spec)}, folder / "io.pt")
 
 
-@pytest.mark.parametrize(("code", "times"), [(WITHOUT, 9), (WITH, 3)], ids=["without", "with"])
+@pytest.mark.parametrize(
+    ("code", "times"), [pytest.param(WITHOUT, 9, marks=pytest.mark.slow), (WITH, 3)], ids=["without", "with"]
+)
 def test_a_fresh_process_gives_bit_equal_outputs(written: Path, code: str, times: int) -> None:
     """The graph, the .pt2 and torch's own reader of it without the model's source; the plan with it."""
     paths = [str(Path(compress.__file__).parents[1]), *([str(written / "source")] if code == WITH else [])]

@@ -578,6 +578,7 @@ def test_inspect_takes_the_model_of_a_config(capfd: Capture) -> None:
     assert found["units"] > 0
 
 
+@pytest.mark.slow
 def test_study_of_a_config(capfd: Capture, tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(

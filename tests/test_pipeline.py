@@ -125,7 +125,7 @@ def test_another_target_stands_in_the_report(finished: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "calls", [5, 58, pytest.param(1, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)]
+    "calls", [5, *(pytest.param(calls, marks=pytest.mark.slow) for calls in (1, 58, 80))]
 )
 def test_stopped_and_resumed_ends_with_the_same_bytes(finished: Path, tmp_path: Path, calls: int) -> None:
     with pytest.raises(Interrupted) as stopped:
@@ -341,6 +341,7 @@ def test_tolerance_stops_at_the_last_good_point(finished: Path, tmp_path: Path) 
     assert document["verification"]["passed"]
 
 
+@pytest.mark.slow
 def test_a_pt2_file_goes_through_like_a_module(finished: Path, tmp_path: Path) -> None:
     shutil.copy(finished / "run" / "dense.pt2", tmp_path / "small.pt2")
     outcome = start(tmp_path, ["model.name=small.pt2", "model.kwargs={}", "train=null", "finetune.epochs=1"])

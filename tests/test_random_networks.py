@@ -25,7 +25,7 @@ from random_parts import Block
 from random_pins import PINNED, WHOLE_HEADS_PINNED
 from random_regressions import IN_PLACE, REGRESSIONS
 
-FAST, PER_KIND = 25, 34
+FAST, PER_KIND = 16, 34
 RUN = settings(
     deadline=None,
     database=None,

@@ -57,6 +57,7 @@ def small() -> nn.Sequential:
 X = torch.randn(2, 3, 4, 4)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes_and_nothing_of_the_machine(tmp_path: Path) -> None:
     running = []
     for index, name in enumerate(("one", "another")):
