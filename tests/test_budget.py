@@ -96,6 +96,7 @@ class TestNarrow:
                 gone = scores[members & before & ~keep]
                 assert not gone.size or gone.max() <= scores[members & keep].min()
 
+    @pytest.mark.slow
     @settings(max_examples=10, deadline=None)
     @given(maps, targets, seeds)
     def test_a_step_goes_as_far_as_its_pace_and_one_more_width(

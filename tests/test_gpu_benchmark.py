@@ -85,6 +85,7 @@ def test_without_a_gpu_the_file_says_so(tmp_path: Path) -> None:
     assert found["provenance"]["machine"]["gpus"] == []
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(name: str, size: int) -> tuple[dict[str, nn.Module], float]:
         torch.manual_seed(0)

@@ -64,6 +64,7 @@ class TestRuns:
         (folder / "compress.yaml").write_text(text)
         return start(folder, overrides, **options)
 
+    @pytest.mark.slow
     def test_data_that_decide(self, tmp_path: Path) -> None:
         (tmp_path / "mine.py").write_text(DECIDES)
         events = Silent()

@@ -75,7 +75,7 @@ def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "build", [Inverted, *(pytest.param(c, marks=pytest.mark.slow) for c in (Residual, Multiplied))]
+    "build", [pytest.param(c, marks=pytest.mark.slow) for c in (Inverted, Residual, Multiplied)]
 )
 def test_it_is_what_an_export_gives(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     wide, narrow = cut_by(build, 0)

@@ -592,6 +592,7 @@ class TestWrappers:
             distributed.destroy_process_group()
         assert "a.weight" in result.plan.shapes
 
+    @pytest.mark.slow
     def test_compiled_models(self) -> None:
         model: Any = torch.compile(Body())
         dense, result = prune(model)
