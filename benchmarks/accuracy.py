@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import accuracy_job as job
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import RESULTS, known_rows, note, write
 
 OURS: dict[str, dict[str, Any]] = {
     "taylor": {},
@@ -122,11 +122,10 @@ def main() -> None:
     runs = [("compress", c) for c in OURS]
     if options.peer_python:
         runs += [(PEER_NAME, c) for c in PEER]
-    path = RESULTS / "accuracy.json"
     for seed in range(options.seeds):
         for tool, criterion in runs:
             mine = (options.model, tool, criterion, seed)
-            known = _known(path)
+            known = known_rows("accuracy")
             if options.only and f"{tool.split()[0]}:{criterion}" not in options.only:
                 continue
             if any((r["model"], r["tool"], r["criterion"], r["seed"]) == mine for r in known):
@@ -135,12 +134,8 @@ def main() -> None:
             RESULTS.mkdir(exist_ok=True)
             with (RESULTS / ".accuracy.lock").open("w") as lock:  # several such scripts may run side by side
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                rows = _known(path) + fresh
+                rows = known_rows("accuracy") + fresh
                 write("accuracy", summary(rows), rows)
-
-
-def _known(path: Path) -> list[dict[str, Any]]:
-    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
 
 
 if __name__ == "__main__":

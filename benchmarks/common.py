@@ -50,6 +50,12 @@ def write(name: str, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) ->
     return path
 
 
+def known_rows(name: str) -> list[dict[str, Any]]:
+    """The rows that benchmarks/results/NAME.json has; none without the file."""
+    path = RESULTS / f"{name}.json"
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+
+
 def note(text: str) -> None:
     """One line to the person who waits."""
     sys.stderr.write(text + "\n")

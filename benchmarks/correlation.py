@@ -10,7 +10,6 @@ as the paper accumulates it; the expanded logits at least 0.98 against all three
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 
 NAMES = ("resnet20", "vgg", "resnet56")
 
@@ -82,8 +81,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--units", type=int, help="leave out that many random units only")
     options = parser.parse_args()
-    path = RESULTS / "correlation.json"
-    rows = list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    rows = known_rows("correlation")
     for name in options.names:
         fresh = measure(name, options.images, options.batch, options.units)
         rows = [row for row in rows if row["model"] != name] + fresh

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import cifar_nets
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 
 SHARES = (0.1, 0.2, 0.3, 0.4)
 STEP, BATCH = 0.025, 50
@@ -153,8 +153,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--images", type=int, default=500)
     options = parser.parse_args()
-    path = RESULTS / "joint.json"
-    rows = list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    rows = known_rows("joint")
     for name in options.names:
         for row in measure(name, options.seeds, options.images, list(rows)):
             note(json.dumps(row))

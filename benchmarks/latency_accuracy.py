@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import accuracy_job as job
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 
 RESULT = "latency_accuracy"
 PEER_NAME = "torch-pruning 1.6.1"
@@ -157,8 +157,7 @@ def main() -> None:
     runs = [("compress", name) for name in OURS]
     if options.peer_python:
         runs.append((PEER_NAME, "taylor"))
-    path = RESULTS / f"{RESULT}.json"
-    rows = list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    rows = known_rows(RESULT)
     for seed in range(options.seeds):
         for model in options.models:
             for tool, criterion in runs:

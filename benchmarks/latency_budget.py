@@ -11,7 +11,6 @@ within 3 %.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import imagenet_nets
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 from benchmarks.latency_model import MODELS
 
 RESULT = "latency_budget"
-WITHIN = 0.03
 
 
 def measure(name: str, asked: Sequence[float], batch: int) -> list[dict[str, Any]]:
@@ -96,6 +94,8 @@ def again(original: Any, dense: Any, example: Any, batch: int, folder: Path) -> 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How many were asked for, and how many reached."""
+    from compress.budget import WITHIN
+
     reached = [row for row in rows if abs(row["reached"] - 1) <= WITHIN]
     worst = max((abs(row["reached"] - 1) for row in rows), default=0.0)
     return {
@@ -117,8 +117,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / f"{RESULT}.json"
-    rows = list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    rows = known_rows(RESULT)
     for name in options.models:
         known = {row["asked"] for row in rows if (row["model"], row["batch"]) == (name, options.batch)}
         if open_ones := [share for share in options.asked if share not in known]:

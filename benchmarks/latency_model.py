@@ -11,7 +11,6 @@ Rows that the result file has are not measured again. Goal: median at most 5 %, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import imagenet_nets
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 
 RESULT = "latency_model"
 MODELS = ("resnet18", "resnet50", "mobilenet_v3_large", "efficientnet_b0")
@@ -55,6 +54,8 @@ def random_widths(levels: Sequence[np.ndarray], rng: np.random.Generator) -> np.
 
 def measure(name: str, prunings: int, batch: int) -> list[dict[str, Any]]:
     """One row per pruning."""
+    from compress.meter import first_units
+
     with tempfile.TemporaryDirectory() as folder:
         meter = meter_of(name, batch, Path(folder))
         began = time.monotonic()
@@ -64,10 +65,8 @@ def measure(name: str, prunings: int, batch: int) -> list[dict[str, Any]]:
         rng, rows = np.random.default_rng(1), []
         for number in range(prunings):
             counts = random_widths(meter.levels, rng)
-            keep = np.zeros(meter.cmap.units, dtype=bool)
-            for own, count in zip(meter.cmap.members(), counts, strict=True):
-                keep[own[:count]] = True
-            measured, predicted = meter.ratio(keep), model.ms(counts) / model.original_ms
+            measured = meter.ratio(first_units(meter.cmap, counts))
+            predicted = model.ms(counts) / model.original_ms
             rows.append(
                 {
                     "model": name, "batch": batch, "number": number, "original_ms": model.original_ms,
@@ -109,8 +108,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / f"{RESULT}.json"
-    rows = list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    rows = known_rows(RESULT)
     for name in options.models:
         if (name, options.batch) in {(row["model"], row["batch"]) for row in rows}:
             continue

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import imagenet_nets
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 from benchmarks.imagenet_nets import SHAPE
 
 PRECISIONS = ("fp32", "int8")
@@ -138,16 +137,12 @@ def reached(found: dict[str, Any]) -> bool:
     return bool(found["speedup"] * found["macs_ratio"] >= REACHED)
 
 
-def known_rows(path: Path) -> list[dict[str, Any]]:
-    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
-
-
 def identity(found: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(found[key] for key in ("model", "precision", "batch", "threads"))
 
 
 def run(args: argparse.Namespace, align: int) -> None:
-    rows = known_rows(RESULTS / f"{RESULT}.json")
+    rows = known_rows(RESULT)
     have = {identity(found) for found in rows}
     for name in args.models:
         asked = [(p, b, t) for b in args.batches for t in args.threads for p in PRECISIONS]

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import cifar_nets
-from benchmarks.common import RESULTS, note, write
+from benchmarks.common import known_rows, note, write
 
 PLAIN: dict[str, Any] = {"lr": 0.03, "weight_decay": 1e-4, "amp": "bf16"}
 INGREDIENTS: dict[str, dict[str, Any]] = {
@@ -116,8 +116,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    path = RESULTS / "recipe_ablation.json"
-    rows = list(json.loads(path.read_text())["rows"]) if path.exists() else []
+    rows = known_rows("recipe_ablation")
     task = cifar_nets.task(64)
     for seed in range(options.seeds):
         start: Any = None

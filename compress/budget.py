@@ -116,12 +116,12 @@ def _fitting(
     asked = np.array([*goals.values()])
     aims, chosen = asked.copy(), counts
     narrowest = np.array([own[0] for own in levels])
+    kept = [own[at] for own, at in zip(worth, levels, strict=True)]
     for _ in range(TRIES):
         budgets = aims - (now + (least - now[:, None]).sum(axis=1))
         if (budgets < 0).any():
             break
         try:
-            kept = [own[at] for own, at in zip(worth, levels, strict=True)]
             found = choose(kept, [np.maximum(own, 0) for own in spent], budgets)
         except (Infeasible, TimeoutError):
             break
@@ -186,23 +186,23 @@ def close(
 
 
 def _is_narrowest(where: Space, chosen: Selection) -> bool:
-    counts = class_counts(where.cmap, chosen.keep)
-    return all(n == own[0] for n, own in zip(counts, where.levels, strict=True))
+    return np.array_equal(class_counts(where.cmap, chosen.keep), where.narrowest)
 
 
 def _passes(where: Space, before: np.ndarray, after: np.ndarray) -> bool:
     """Whether one of the shares of the way is passed where a look is taken; in powers of what is asked."""
     old, new = (where.cost.ratio("latency", class_counts(where.cmap, keep)) for keep in (before, after))
-    return any(new <= _asked(where) ** share < old for share in EARLY)
+    return any(new <= aimed_latency(where) ** share < old for share in EARLY)
 
 
-def _asked(where: Space) -> float:
+def aimed_latency(where: Space) -> float:
+    """The share of the unpruned latency that is aimed at."""
     return next(target.ratio for target in where.targets if target.kind == "latency")
 
 
 def _look(where: Space, chosen: Selection, measure: Callable[[np.ndarray], float]) -> Look:
     predicted = where.cost.ratio("latency", class_counts(where.cmap, chosen.keep))
-    return Look(_asked(where) / AIM, predicted, measure(chosen.keep))
+    return Look(aimed_latency(where) / AIM, predicted, measure(chosen.keep))
 
 
 def _miss(look: Look) -> tuple[bool, float]:

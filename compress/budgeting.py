@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from compress import aim, distributed, files
-from compress.budget import AIM, WITHIN, Look, close, narrow
+from compress.budget import AIM, WITHIN, Look, aimed_latency, close, narrow
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import cost_model
@@ -62,7 +62,7 @@ class Budgeted:
         asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
         document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
         if self.latency is not None and self.meter is not None:
-            ratio = next(t.ratio for t in self.where.targets if t.kind == "latency") / AIM
+            ratio = aimed_latency(self.where) / AIM
             place = self.meter.bench.place
             document["latency"] = {
                 "target": place.target.name,
@@ -126,8 +126,7 @@ def _asked(config: Config, latency: LatencyModel) -> float:
 def _check(where: Space, config: Config, latency: LatencyModel | None) -> None:
     fix = f"lower prune.min_keep ({config.prune.min_keep:g}) or prune.align ({aim.align(config)})"
     if latency is not None:
-        narrowest = np.array([own[0] for own in where.levels])
-        least, asked = latency.ms(narrowest), where.target.ratio / AIM * latency.original_ms
+        least, asked = latency.ms(where.narrowest), where.target.ratio / AIM * latency.original_ms
         if least > asked * AIM:
             what = (
                 f"{asked:.3g} ms cannot be reached: {least:.3g} ms is the least of {latency.original_ms:.3g}"

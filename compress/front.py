@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,7 @@ class Outlook:
         """Counts of the narrowest network there may be, (classes,)."""
         return np.array([own[0] for own in self.levels])
 
+    @cached_property
     def kept(self) -> list[np.ndarray]:
         """By class, the share of all importance that its n most important units have, for n = 0, 1, ..."""
         total = max(float(np.maximum(self.scores, 0).sum()), 1e-300)
@@ -97,7 +99,7 @@ class Outlook:
 
     def importance(self, counts: np.ndarray) -> float:
         """The share of all importance that the best network with these counts keeps."""
-        return float(sum(own[n] for own, n in zip(self.kept(), counts, strict=True)))
+        return float(sum(own[n] for own, n in zip(self.kept, counts, strict=True)))
 
     def front(self, pace: float = PACE) -> list[Point]:
         """From the unpruned network to the narrowest in steps of `pace`, each the best choice of widths."""
@@ -125,7 +127,7 @@ class Outlook:
 
     def classes(self) -> list[ClassCost]:
         """Every class of units, those first that save most latency for their importance."""
-        names, kept, whole = written_by(self.cmap), self.kept(), self.latency.ms(self.cost.full)
+        names, kept, whole = written_by(self.cmap), self.kept, self.latency.ms(self.cost.full)
         by_layer, touched = self.latency.by_layer(self.cost.full), self._touched()
         found = []
         for number, levels in enumerate(self.levels):

@@ -174,7 +174,7 @@ def _fitted(
     columns = {name: number for number, name in enumerate(widths.names)}
     factors, bases, weights, layers = [], [], [], []
     for row in first.rows:
-        at = columns.get(_anchor(row.name))
+        at = columns.get(anchor_of(row.name))
         a, b = _sides(widths, at)
         for c, sides in zip(coefficients[row.kind], ((), (a,), (b,), (a, b)), strict=True):
             if c > 0:
@@ -228,12 +228,12 @@ def _refuse_unseen(
 ) -> None:
     for row in first.rows:
         seen = {size for size, _ in samples[row.kind]}
-        if can_change.get(_anchor(row.name)) and len(seen) < LEAST_SIZES:
+        if can_change.get(anchor_of(row.name)) and len(seen) < LEAST_SIZES:
             what = f"the latency of {row.name} was measured at {len(seen)} width only, but it can be narrowed"
             raise ModelError(what, "budget", "delete the table of latencies, and they are measured anew")
 
 
-def _anchor(name: str) -> str:
+def anchor_of(name: str) -> str:
     """The layer with parameters that a row belongs to or follows."""
     return name.partition(" > ")[0]
 

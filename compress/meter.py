@@ -24,7 +24,7 @@ from compress.aim import Place
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import ModelError
-from compress.latency import LatencyModel, Widths, fingerprint, fit, widths_of
+from compress.latency import LatencyModel, Widths, anchor_of, fingerprint, fit, widths_of
 from compress.surgery import cut
 from compress.trace import GraphNet
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deploy.profile import Profile
 
 NETWORKS = 8
-"""Pruned networks that a model is fitted to; twice as many halve no error (docs/latency.md)."""
+"""Pruned networks that a model is fitted to."""
 NARROWEST = 0.2
 REPEATS, SECONDS = 10, 1.0
 RUNS, TRIES = 20, 3
@@ -157,10 +157,7 @@ class Meter:
         return self.bench.artifact(net, self.bench.exported(net, path))
 
     def _cut(self, counts: np.ndarray, keep: np.ndarray | None) -> GraphNet:
-        if keep is None:
-            keep = np.zeros(self.cmap.units, dtype=bool)
-            for own, count in zip(self.cmap.members(), counts, strict=True):
-                keep[own[: int(count)]] = True
+        keep = first_units(self.cmap, counts) if keep is None else keep
         return cut(self.net, self.cmap, keep)[0].eval()
 
     def _rows(
@@ -171,7 +168,7 @@ class Meter:
 
         widths, rows = self.widths.at(counts), []
         for layer in profile.layers:
-            anchor = layer.name.partition(" > ")[0]
+            anchor = anchor_of(layer.name)
             kind = kinds.get(layer.name) or layer.op
             if anchor in self.widths.pairs:
                 kind = f"{kind} | {self.widths.pairs[anchor]:g} MACs a pair of channels"
@@ -186,6 +183,14 @@ def _run_ms(profile: Profile, ms: float) -> float:
     """What the layers are parts of. On a busy machine their medians stand, that of a whole run does not;
     what was measured without a profiler then says how long a run is."""
     return max(profile.layers_ms, min(profile.run_ms, ms))
+
+
+def first_units(cmap: ChannelMap, counts: np.ndarray) -> np.ndarray:
+    """bool (units,): so many of each class, the first ones."""
+    keep = np.zeros(cmap.units, dtype=bool)
+    for own, count in zip(cmap.members(), counts, strict=True):
+        keep[own[: int(count)]] = True
+    return keep
 
 
 def designs(levels: Sequence[np.ndarray], count: int) -> list[np.ndarray]:

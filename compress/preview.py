@@ -56,7 +56,7 @@ def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     model, counts = where.cost, class_counts(cmap, keep)
     kind, facts = where.target.kind, found.budget
     asked = facts["latency"]["asked_ratio"] if facts and facts["latency"] else where.target.ratio
-    floor = np.array([level[0] for level in where.levels])
+    floor = where.narrowest
     return {
         "target": {"kind": f"{kind}_ratio", "value": asked},
         "budget": facts,
@@ -96,7 +96,7 @@ def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) ->
     )
     keep, reached, looks = chosen(found, scores)
     look = looks[-1] if looks else None
-    return _Chosen(keep, found.where, reached and (look is None or look.met), found.as_dict(looks, look))
+    return _Chosen(keep, found.where, reached, found.as_dict(looks, look))
 
 
 def _progress(work: Work) -> Note:

@@ -60,6 +60,11 @@ class Space:
         """All that is to be met, the leading one first."""
         return self.budgets or (self.target,)
 
+    @property
+    def narrowest(self) -> np.ndarray:
+        """Counts of the narrowest network there may be, (classes,)."""
+        return np.array([own[0] for own in self.levels])
+
 
 def space(
     cmap: ChannelMap, target: Target, *, align: int = 1, min_keep: float = 0.1, per_cost: bool = True
@@ -87,9 +92,8 @@ def levels_of(cmap: ChannelMap, align: int, min_keep: float) -> tuple[np.ndarray
 
 def check_reachable(where: Space, fix: str) -> None:
     """Raises ModelError where the narrowest network is above a target."""
-    narrowest = np.array([level[0] for level in where.levels])
     for target in where.targets:
-        least = where.cost.ratio(target.kind, narrowest)
+        least = where.cost.ratio(target.kind, where.narrowest)
         if least > target.ratio:
             what = f"{target.kind}_ratio {target.ratio:g} cannot be reached: {least:.3f} is the least"
             raise ModelError(what, fix=f"{fix}, or shorten prune.keep")

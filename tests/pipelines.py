@@ -8,13 +8,23 @@ from typing import Any
 
 from compress import config, pipeline
 
-CONFIG = """
+MODEL = """
 version: 1
 model:
   name: compress.zoo:cifar_resnet
   kwargs: {depth: 8, width: 8, channels: 1}
   input_shape: [1, 28, 28]
-data: {name: mnist5k, train_limit: 640, test_limit: 200, batch_size: 32}
+"""
+LOOKED_AT = (
+    MODEL
+    + """data: {name: mnist5k, batch_size: 16, train_limit: 100, validation: 0.4}
+prune: {align: 2, minibatches_per_step: 2}
+"""
+)
+"""For what looks at the model once and trains nothing."""
+CONFIG = (
+    MODEL
+    + """data: {name: mnist5k, train_limit: 640, test_limit: 200, batch_size: 32}
 train: {epochs: 3, lr: 0.1}
 prune: {macs_ratio: 0.6, align: 2, minibatches_per_step: 2, units_per_step: 4, lr: 0.01}
 finetune: {epochs: 2, lr: 0.05, recalibrate: 3}
@@ -22,6 +32,7 @@ bench: {batches: [1], repeats: 5, seconds: 0.01}
 gates: {accuracy_drop: null, parity: true}
 out: run
 """
+)
 
 DECIDES = """
 from torch import nn

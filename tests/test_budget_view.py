@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pipelines import Silent
+from pipelines import LOOKED_AT, Silent
 from rich.console import Console
 from test_front import outlook
 from test_report import example
@@ -120,19 +120,8 @@ def test_a_network_may_turn_out_to_be_slower_than_the_unpruned_one() -> None:
     assert closed.where.cost.ratio("latency", counts) == pytest.approx(measure(closed.selection.keep))
 
 
-CONFIG = """
-version: 1
-model:
-  name: compress.zoo:cifar_resnet
-  kwargs: {depth: 8, width: 8, channels: 1}
-  input_shape: [1, 28, 28]
-data: {name: mnist5k, batch_size: 16, train_limit: 100, validation: 0.4}
-prune: {align: 2, minibatches_per_step: 2}
-"""
-
-
 def planned(folder: Path, budget: str) -> dict[str, Any]:
-    (folder / "compress.yaml").write_text(CONFIG + f"budget: {budget}\n")
+    (folder / "compress.yaml").write_text(LOOKED_AT + f"budget: {budget}\n")
     loaded = config.load(folder / "compress.yaml", ())
     return pipeline.plan(loaded, folder, events=Silent())
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import images, randomise
+from pipelines import LOOKED_AT
 from rich.console import Console
 
 from compress import meter
@@ -237,16 +238,7 @@ def test_a_drawing_without_what_is_not_known(tmp_path: Path) -> None:
 
 # -- from the command line ----------------------------------------------------------------------------
 
-CONFIG = """
-version: 1
-model:
-  name: compress.zoo:cifar_resnet
-  kwargs: {depth: 8, width: 8, channels: 1}
-  input_shape: [1, 28, 28]
-data: {name: mnist5k, batch_size: 16, train_limit: 100, validation: 0.4}
-prune: {align: 2, minibatches_per_step: 2}
-bench: {batches: [1]}
-"""
+CONFIG = LOOKED_AT + "bench: {batches: [1]}\n"
 
 
 def called(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
