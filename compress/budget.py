@@ -9,8 +9,9 @@ its latency was wrong, the choice is made again with the model corrected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import exp, log
 
 import numpy as np
 
@@ -26,11 +27,15 @@ LOOKS = 5
 EARLY = (1 / 4, 5 / 8)
 """Shares of the way, in logarithms, after which the model is checked before anything is lost."""
 TRIES = 20
+APART = 0.05
+"""Networks of latencies nearer than this say nothing of how the model's error grows."""
+STEEPEST = 4.0
+"""Limit to the power that corrects a model. The least is 1: what leaves too early does not come back."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One network that was measured: shares of the unpruned latency."""
+    """One network that was measured: shares of the unpruned latency. predicted: by the model as fitted."""
 
     asked: float
     predicted: float
@@ -140,40 +145,40 @@ def _fitting(
 
 @dataclass(frozen=True)
 class Closed:
-    """A selection, the space with its latency model corrected, and the looks that this took. ends: the
-    selection is the last: as fast as asked, or as near to it as the widths allow."""
+    """A selection and the looks that it took. ends: the selection is the last, as fast as asked or as near to
+    it as the widths allow, and the last look is at it."""
 
     selection: Selection
-    where: Space
     looks: tuple[Look, ...]
     ends: bool
 
-    @property
-    def look(self) -> Look | None:
-        """At the network of the selection."""
-        return self.looks[-1] if self.ends and self.looks else None
-
 
 def close(
-    scores: np.ndarray, keep: np.ndarray, where: Space, pace: float, measure: Callable[[np.ndarray], float]
+    scores: np.ndarray,
+    keep: np.ndarray,
+    where: Space,
+    pace: float,
+    measure: Callable[[np.ndarray], float],
+    before: Sequence[Look] = (),
 ) -> Closed:
     """`narrow`, and where that ends the pruning, until the network that it ends with is as fast as asked.
 
     What has left does not come back, so a model that is too slow by much has to be found out before: there is
     a look on the way too, at some shares of it (EARLY). measure: the share of the unpruned latency that the
-    network of `keep` really has.
+    network of `keep` really has. before: the looks of earlier steps.
     """
     early: list[Look] = []
     tried: list[tuple[Look, Selection]] = []
     while len(tried) < LOOKS:
-        chosen = narrow(scores, keep, where, pace)
+        known = (*before, *early, *(look for look, _ in tried))
+        now = corrected(where, known)
+        chosen = narrow(scores, keep, now, pace)
         is_last = chosen.reached or _is_narrowest(where, chosen)
-        if not is_last and (early or tried or not _passes(where, keep, chosen.keep)):
-            return Closed(chosen, where, (*early, *(look for look, _ in tried)), ends=False)
+        if not is_last and (early or tried or not _passes(now, keep, chosen.keep)):
+            return Closed(chosen, known[len(before) :], ends=False)
         if any((chosen.keep == other.keep).all() for _, other in tried):
             break  # the widths allowed have nothing nearer
-        look = _look(where, chosen, measure)
-        where = corrected(where, look.measured / look.predicted)
+        look = Look(aimed_latency(where) / AIM, _latency(where, chosen.keep), measure(chosen.keep))
         if not is_last:
             early.append(look)
             continue
@@ -182,7 +187,7 @@ def close(
             break
     best = min(range(len(tried)), key=lambda n: _miss(tried[n][0]))
     rest = [look for number, (look, _) in enumerate(tried) if number != best]
-    return Closed(tried[best][1], where, (*early, *rest, tried[best][0]), ends=True)
+    return Closed(tried[best][1], (*early, *rest, tried[best][0]), ends=True)
 
 
 def _is_narrowest(where: Space, chosen: Selection) -> bool:
@@ -191,8 +196,13 @@ def _is_narrowest(where: Space, chosen: Selection) -> bool:
 
 def _passes(where: Space, before: np.ndarray, after: np.ndarray) -> bool:
     """Whether one of the shares of the way is passed where a look is taken; in powers of what is asked."""
-    old, new = (where.cost.ratio("latency", class_counts(where.cmap, keep)) for keep in (before, after))
+    old, new = _latency(where, before), _latency(where, after)
     return any(new <= aimed_latency(where) ** share < old for share in EARLY)
+
+
+def _latency(where: Space, keep: np.ndarray) -> float:
+    """The share of the unpruned latency that the model gives these units."""
+    return where.cost.ratio("latency", class_counts(where.cmap, keep))
 
 
 def aimed_latency(where: Space) -> float:
@@ -200,18 +210,23 @@ def aimed_latency(where: Space) -> float:
     return next(target.ratio for target in where.targets if target.kind == "latency")
 
 
-def _look(where: Space, chosen: Selection, measure: Callable[[np.ndarray], float]) -> Look:
-    predicted = where.cost.ratio("latency", class_counts(where.cmap, chosen.keep))
-    return Look(aimed_latency(where) / AIM, predicted, measure(chosen.keep))
-
-
 def _miss(look: Look) -> tuple[bool, float]:
     return not look.met, abs(look.measured / look.asked - AIM)
 
 
-def corrected(where: Space, factor: float) -> Space:
-    """Where networks take so many times what the model said; what the unpruned one takes stands."""
+def corrected(where: Space, looks: Sequence[Look]) -> Space:
+    """With the model of latency that the networks measured say: a power of the fitted one, and a factor.
+
+    In logarithms, the line through the last network and the last one before it that differs enough; the first
+    of all is the unpruned one, at 1 by definition.
+    """
     latency = where.cost.latency
-    assert latency is not None
-    scaled = replace(latency, factor=latency.factor * factor ** (1 / latency.power))
+    if not looks or latency is None:
+        return where
+    *others, (x, y) = [(0.0, 0.0), *((log(look.predicted), log(look.measured)) for look in looks)]
+    apart = [(x - u, y - v) for u, v in others if abs(x - u) >= APART]
+    power = float(np.clip(apart[-1][1] / apart[-1][0], 1, STEEPEST)) if apart else 1.0
+    scale = exp(y - power * x) * where.cost.latency_ms ** (1 - power)
+    total = latency.power * power
+    scaled = replace(latency, factor=latency.factor * scale ** (1 / total), power=total)
     return replace(where, cost=replace(where.cost, latency=scaled))

@@ -234,8 +234,8 @@ def chosen(
         if found.measure is None:
             selection, ends = narrow(scores, keep, where, pace), False
         else:
-            closed = close(scores, keep, where, pace, found.measure)
-            selection, where, ends = closed.selection, closed.where, closed.ends
+            closed = close(scores, keep, where, pace, found.measure, looks)
+            selection, ends = closed.selection, closed.ends
             looks += closed.looks
         keep = selection.keep
         if ends:

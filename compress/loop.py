@@ -214,7 +214,7 @@ class _Run:
         self._remember_columns(self.keep & ~chosen.keep)
         self.keep = chosen.keep
         mask(self.net, self.cmap, self.keep)
-        counts, ratio = class_counts(self.cmap, self.keep), self.where.cost.ratio
+        counts, ratio = class_counts(self.cmap, self.keep), corrected(self.where, self.state.looks).cost.ratio
         number, units = len(self.state.history) + 1, int(self.keep.sum())
         entry = Step(number, self.state.minibatches, units, ratio("macs", counts), ratio("params", counts))
         if self.where.cost.latency is not None:
@@ -230,8 +230,8 @@ class _Run:
         if self.measure is None:
             chosen = narrow(scores, self.keep, self.where, pace)
         else:
-            found = close(scores, self.keep, self.where, pace, self.measure)
-            chosen, self.where = found.selection, found.where
+            found = close(scores, self.keep, self.where, pace, self.measure, self.state.looks)
+            chosen = found.selection
             self.state.looks += found.looks
             self.state.ended = found.ends
         self.state.gap = max(self.state.gap, chosen.gap)
@@ -300,8 +300,6 @@ class _Run:
             "looks": [Look(**e) for e in state["looks"]],
         }
         self.state = _State(**{**state, **lists})
-        for look in self.state.looks:
-            self.where = corrected(self.where, look.measured / look.predicted)
 
     def _identity(self) -> str:
         latency = self.where.cost.latency

@@ -10,7 +10,10 @@ from deploy.values import count, measured, milliseconds, number, percent, rows, 
 
 
 def table(latency: Mapping[str, Any]) -> Table:
-    """Every network that was measured on the way; the last is the one that was taken, if it was measured."""
+    """Every network that was measured on the way; the last is the one that was taken, if it was measured.
+
+    Predicted is by the model as it was fitted, without what the networks before have corrected.
+    """
     whole, looks = number(latency.get("original_ms")), rows(latency, "looks")
     last = len(looks) if number(latency.get("measured_ratio")) is not None else 0
     body = []

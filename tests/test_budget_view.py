@@ -16,7 +16,7 @@ from test_front import outlook
 from test_report import example
 
 from compress import budgeting, config, pipeline
-from compress.budget import close
+from compress.budget import close, corrected
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model
@@ -111,13 +111,17 @@ def test_a_network_may_turn_out_to_be_slower_than_the_unpruned_one() -> None:
     def measure(keep: np.ndarray) -> float:
         return 1.5 * found.cost.ratio("latency", class_counts(found.cmap, keep))
 
-    keep, steps = np.ones(found.cmap.units, dtype=bool), 0
-    closed = close(found.scores, keep, where, 0.05, measure)
-    assert closed.where.cost.ratio("latency", found.cost.full) > 1
-    while not closed.ends and closed.selection.removed and steps < 100:
-        closed, steps = close(found.scores, closed.selection.keep, closed.where, 0.05, measure), steps + 1
+    closed = close(found.scores, np.ones(found.cmap.units, dtype=bool), where, 0.05, measure)
+    looks = list(closed.looks)
+    assert corrected(where, looks).cost.ratio("latency", found.cost.full) > 1
+    for _ in range(100):
+        if closed.ends or not closed.selection.removed:
+            break
+        closed = close(found.scores, closed.selection.keep, where, 0.05, measure, looks)
+        looks += closed.looks
     counts = class_counts(found.cmap, closed.selection.keep)
-    assert closed.where.cost.ratio("latency", counts) == pytest.approx(measure(closed.selection.keep))
+    said = corrected(where, looks).cost.ratio("latency", counts)
+    assert said == pytest.approx(measure(closed.selection.keep))
 
 
 def planned(folder: Path, budget: str) -> dict[str, Any]:
