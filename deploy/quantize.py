@@ -34,6 +34,8 @@ _CHAINED = (
     *("Relu", "Clip", "LeakyRelu", "Sigmoid", "Add", "Mul", "MaxPool", "AveragePool", "Concat", "Split"),
     *("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Flatten", "Pad"),
 )
+# Monotone, so that they and a maximum may change places.
+_RISING = ("Relu", "Clip")
 _NORMALISING = {"LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization"}
 # The largest value of E4M3 without infinities (ONNX's FLOAT8E4M3FN), and of int8 as it is used here.
 _LARGEST = {"fp8": 448.0, "int8": 127.0}
@@ -65,6 +67,8 @@ def quantized(
             f"nothing to quantise: all {len(layers)} layers with weights stay in fp32",
             fix="keep fewer layers",
         )
+    if not signed:
+        _pool_first(graph, kept)
     made = _run_quantizer(model, batches, list(kept), signed=signed or precision == "fp8")
     if precision == "fp8":
         _int8_to_fp8(made.graph, graph)
@@ -118,6 +122,32 @@ def _kept(graph: GraphProto, names: Iterable[str], by_policy: bool) -> dict[str,
         if node.op_type in WEIGHTED and not _weighted(node, constants):
             kept.setdefault(node.name, f"{node.op_type} of two computed values")
     return kept
+
+
+def _pool_first(graph: GraphProto, kept: Collection[str]) -> None:
+    """MaxPool(Relu(x)) behind a layer in fp32 becomes Relu(MaxPool(x)), which is the same.
+
+    ONNX Runtime would quantise in front of the pooling, and its MaxPool of bytes, channels first, takes 24
+    times as long as that of floats: a third of an int8 ResNet-18. In front of a Relu it does not.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    readers = Counter(value for node in graph.node for value in node.input)
+    readers.update(value.name for value in graph.output)
+    for pool in [node for node in graph.node if node.op_type == "MaxPool" and len(node.output) == 1]:
+        rising = makers.get(pool.input[0])
+        if rising is None or rising.op_type not in _RISING or readers[pool.input[0]] > 1:
+            continue
+        layer = makers.get(rising.input[0])
+        if layer is None or layer.name not in kept:
+            continue
+        between, after = pool.input[0], pool.output[0]
+        pool.input[0], pool.output[0] = rising.input[0], between
+        rising.input[0], rising.output[0] = between, after
+        stale = [value for value in graph.value_info if value.name == between]
+        for value in stale:
+            graph.value_info.remove(value)
+        graph.node.remove(rising)
+        graph.node.insert(list(graph.node).index(pool) + 1, rising)
 
 
 def _constants(graph: GraphProto) -> set[str]:
