@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +170,47 @@ def measured(
     distributed.barrier()
     meter.table = latency_table.read(path, setting)
     return meter, meter.calibrated()
+
+
+def brought(config: Config, place: aim.Place, folder: Path) -> Table | None:
+    """The table of `budget.table`, if it was measured on another machine but for that as it would be here."""
+    from deploy import latency_table
+
+    budget = config.budget
+    if budget is None or budget.table is None or place != aim.place(config):
+        return None
+    path = folder / budget.table
+    if not path.exists():
+        return None
+    found, here = latency_table.read(path), setting_of(place)
+    moved = replace(here, hardware=found.setting.hardware, version=found.setting.version)
+    return found if found.setting == moved != here else None
+
+
+def looked_up(
+    config: Config,
+    place: aim.Place,
+    net: GraphNet,
+    cmap: ChannelMap,
+    levels: tuple[np.ndarray, ...],
+    example: tuple[Tensor, ...],
+    *,
+    folder: Path,
+    progress: Note,
+    warn: Callable[[str], None],
+) -> tuple[Meter, LatencyModel]:
+    """`measured`, for looking only: a table that was brought from another machine is taken as it is."""
+    from deploy import targets
+
+    table = brought(config, place, folder)
+    if table is None:
+        return measured(config, place, net, cmap, levels, example, run=None, folder=folder, progress=progress)
+    assert config.budget is not None
+    path = folder / str(config.budget.table)
+    warn(f"{path.name} was measured on {table.setting.hardware}; nothing is measured here")
+    block = targets.resolve_align(place.target)
+    meter = Meter(net, cmap, levels, example, place, path, block=block, table=table)
+    return meter, meter.fitted()
 
 
 def _begin(path: Path, shared: Table, setting: Setting) -> None:

@@ -60,7 +60,7 @@ class Meter:
     """Measures networks cut from one network, and keeps what it measured in a table.
 
     net: unpruned, left as it is. path: the table's file, written after every measurement, so that what was
-    measured is never measured again.
+    measured is never measured again. table: one of another machine, which has all that `fitted` needs.
     """
 
     def __init__(
@@ -74,13 +74,14 @@ class Meter:
         *,
         block: int,
         progress: Note = lambda done, of, text: None,
+        table: Table | None = None,
     ) -> None:
         from deploy import latency_table
 
         self.net, self.cmap, self.levels = copy.deepcopy(net).cpu().eval(), cmap, levels
         self.bench, self.path = _Bench(place, example), path
         self.block, self.progress = block, progress
-        self.table: Table = latency_table.read(path, setting_of(place))
+        self.table = table or latency_table.read(path, setting_of(place))
         self.model = fingerprint(self.net, cmap)
         self.widths: Widths = widths_of(cmap)
         self.full = class_counts(cmap, np.ones(cmap.units, dtype=bool))
@@ -101,6 +102,9 @@ class Meter:
     def fitted(self) -> LatencyModel:
         """The model fitted to all entries there are."""
         own = self.table.of(self.model)
+        if not own:
+            what = "has no measurement of this model, as it is traced here"
+            raise ModelError(what, self.path.name, "make it anew there: compress inspect --target")
         others = [entry for entry in self.table.entries if entry.model != self.model]
         own.sort(key=lambda entry: -sum(entry.counts))  # the unpruned network comes first
         movable = np.array([len(widths) > 1 for widths in self.levels])

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import aim, distributed, files, further, manifest, measuring, preview, variants
+from compress.budgeting import brought
 from compress.comparison import compare
 from compress.config import Config, section_hash
 from compress.data import is_user_code
@@ -219,7 +220,9 @@ def front(config: Config, folder: Path, target: str, *, events: Events) -> dict[
     Nothing is written but the table of latencies.
     """
     config = aim.aimed(config)
-    aim.check_place(aim.place(config, target), "--target", here=True, when="there", do="look")
+    at = aim.place(config, target)
+    elsewhere = brought(config, at, folder) is not None
+    aim.check_place(at, "--target", here=not elsewhere, when="there", do="look")
     work = Work(config, folder, folder / config.out, events, lambda: False)
     if config.data.name == NO_DATA:
         return preview.front_of_weights(work, target)

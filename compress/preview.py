@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from compress import aim
-from compress.budgeting import budgeted, chosen, measured
+from compress.budgeting import budgeted, chosen, looked_up
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
@@ -129,9 +129,9 @@ def _front(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray, tar
     at = aim.place(config, target)
     levels = levels_of(cmap, aim.align(config, at), config.prune.min_keep)
     good = levels_of(cmap, targets.resolve_align(at.target), config.prune.min_keep)
-    meter, latency = measured(
-        config, at, traced.net, cmap, levels, traced.example, run=None, folder=work.folder,
-        progress=_progress(work),
+    meter, latency = looked_up(
+        config, at, traced.net, cmap, levels, traced.example, folder=work.folder,
+        progress=_progress(work), warn=work.events.warn,
     )  # fmt: skip
     if (latency.known_error or 0.0) > DOUBTFUL:
         far = f"{latency.known_error:.0%} off at networks that it has not seen"

@@ -105,12 +105,12 @@ def _plain(entry: Entry) -> dict[str, Any]:
     return asdict(entry) | {"rows": [[r.name, r.kind, *r.widths, r.ms] for r in entry.rows]}
 
 
-def read(path: Path, setting: Setting) -> Table:
-    """The table in a file; an empty one where there is none.
+def read(path: Path, setting: Setting | None = None) -> Table:
+    """The table in a file; an empty one of `setting` where there is none. setting: None takes any.
 
     Raises ArtifactError for a file that is no table, MeasureError for one of another setting.
     """
-    if not path.exists():
+    if setting is not None and not path.exists():
         return Table(setting)
     try:
         if path.stat().st_size > LARGEST_BYTES:
@@ -125,10 +125,10 @@ def read(path: Path, setting: Setting) -> Table:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"is no table of latencies: {_said(error)}"
         raise ArtifactError(what, path.name, "delete it, and it is measured anew") from None
-    if differs := setting.differs(found):
+    if setting is not None and (differs := setting.differs(found)):
         fix = "give another file, or none: then it is measured here"
         raise MeasureError(f"was measured elsewhere: {differs}", path.name, fix)
-    return Table(setting, entries, looks)
+    return Table(found, entries, looks)
 
 
 def _said(error: Exception) -> str:

@@ -15,19 +15,21 @@ from helpers import images, randomise
 from pipelines import LOOKED_AT
 from rich.console import Console
 
-from compress import meter
+from compress import aim, meter
 from compress.channelmap import ChannelMap, channel_map
 from compress.cli import main
 from compress.cost import cost_model, in_blocks
 from compress.front import Outlook
 from compress.inspection import written_by
 from compress.latency import LatencyModel
+from compress.meter import setting_of
 from compress.select import levels_of
 from compress.show_inspect import show_front
 from compress.trace import trace
 from compress.zoo import cifar_resnet
+from deploy import targets
 from deploy.front_chart import draw_front
-from deploy.latency_table import Entry
+from deploy.latency_table import Entry, Table
 
 BLOCK = 4
 ERROR = 0.05
@@ -292,6 +294,51 @@ def test_a_look_at_a_model_without_data(quick: Path, capfd: pytest.CaptureFixtur
     assert (found["criterion"], found["batch"], found["asked_ratio"]) == ("magnitude", 1, None)
     assert found["points"][-1]["importance"] < 0.9
     assert {"features.0"} in [set(one["layers"]) for one in found["classes"]]
+
+
+def moved(table: Path, **setting: Any) -> None:
+    """As if it had been measured elsewhere."""
+    document = json.loads(table.read_text())
+    table.write_text(json.dumps(document | {"setting": document["setting"] | setting}))
+
+
+@pytest.mark.slow
+def test_a_look_at_a_machine_that_is_elsewhere(quick: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("--set", "budget={latency_ratio: 0.7, table: there.json}")
+    code, out, _ = called(capfd, "inspect", "--target", "--json", *asked)
+    assert code == 0
+    measured_here = json.loads(out)["result"]
+    moved(quick / "there.json", hardware="Neoverse V2", version="1.99")
+    code, out, err = called(capfd, "inspect", "--target", "--json", *asked)
+    assert code == 0
+    assert "there.json was measured on Neoverse V2; nothing is measured here" in err
+    found = json.loads(out)["result"]
+    assert (found["hardware"], found["version"]) == ("Neoverse V2", "1.99")
+    assert found["points"] == measured_here["points"]
+    code, _, err = called(capfd, "plan", *asked)  # what prunes is measured here
+    assert code == 3
+    assert "there.json: was measured elsewhere: version is 1.99, here " in err
+    moved(quick / "there.json", hardware="NVIDIA H100 80GB HBM3", runner="tensorrt", precision="fp16")
+    on_gpu = "budget={latency_ratio: 0.7, target: h100, batch: 1, table: there.json}"
+    code, out, err = called(capfd, "inspect", "--target", "--json", "--set", on_gpu)
+    assert (code, "needs a CUDA device" in err) == (0, False)
+    assert json.loads(out)["result"]["hardware"] == "NVIDIA H100 80GB HBM3"
+    code, _, err = called(capfd, "inspect", "--target", "h100-int8", "--set", on_gpu)
+    assert code == 6
+    assert "--target: h100-int8 needs a CUDA device" in err
+    moved(quick / "there.json", threads=7)
+    code, _, err = called(capfd, "inspect", "--target", "--set", on_gpu)
+    assert code == 6
+
+
+def test_a_table_from_elsewhere_without_this_model(quick: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    setting = setting_of(aim.Place(targets.load("cpu-ort"), "fp32", 1, 1))
+    there = replace(setting, hardware="Neoverse V2")
+    (quick / "there.json").write_text(json.dumps(Table(there).as_dict()))
+    asked = "budget={latency_ratio: 0.7, table: there.json}"
+    code, _, err = called(capfd, "inspect", "--target", "--set", asked)
+    assert code == 4
+    assert "error: there.json: has no measurement of this model, as it is traced here; make it anew" in err
 
 
 def test_a_look_at_a_target_that_is_not_there(quick: Path, capfd: pytest.CaptureFixture[str]) -> None:
