@@ -13,6 +13,7 @@ are not measured again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -29,7 +30,9 @@ from benchmarks.common import known_rows, note, write
 RESULT = "latency_accuracy"
 PEER_NAME = "torch-pruning 1.6.1"
 STEP = 0.06
-"""Share of the MACs or widths left by which they fall until the latency is reached."""
+"""Share of the MACs left by which they fall until the latency is reached."""
+LEAST, WITHIN = 0.05, 0.01
+"""Shares of the channels: the least that every class keeps alike, and how near the one looked for."""
 ALIGN = 16
 
 
@@ -37,14 +40,11 @@ def _pruned(net: Any, data: job.Data, seed: int, number: int, **options: Any) ->
     import torch
 
     import compress
-    from compress.channelmap import channel_map
     from compress.task import CrossEntropy
-    from compress.trace import trace
 
-    example = torch.zeros(2, 3, 32, 32)
-    units = channel_map(trace(net, (example,))).units
+    units = _labelled(net)[1].units
     return compress.prune(
-        net, example, lambda epoch: data.epoch(100 * number + epoch), CrossEntropy(), seed=seed,
+        net, torch.zeros(2, 3, 32, 32), lambda epoch: data.epoch(100 * number + epoch), CrossEntropy(), seed=seed,
         minibatches_per_step=job.MINIBATCHES, units_per_step=max(1, round(job.STEP_SHARE * units)),
         **job.PRUNE | {"min_keep": job.MIN_KEEP} | options,
     )[0]  # fmt: skip
@@ -81,16 +81,39 @@ def by_macs(align: int) -> Callable[..., Iterator[tuple[float, Any]]]:
 def uniform(
     net: Any, data: job.Data, criterion: str, seed: int, left: job.Goal
 ) -> Iterator[tuple[float, Any]]:
-    """Every class of units keeps the same share."""
-    share, number = 1.0, 0
-    for point in left.points:
-        while left(net) > point:
-            after, number = share * (1 - STEP), number + 1
-            net = _pruned(
-                net, data, seed, number, units_ratio=after / share, min_keep=after / share - 0.01, align=1
-            )
-            share = after
+    """Every class of units keeps the same share, found by halves: latency does not depend on the weights."""
+    from compress import meter
+    from compress.surgery import cut
+
+    for number, point in enumerate(left.points):
+        traced, cmap = _labelled(net)
+        low, high = LEAST, 1.0
+        while high - low > WITHIN:
+            middle = (low + high) / 2
+            dense, _ = cut(copy.deepcopy(traced.net), cmap, meter.first_units(cmap, _narrowest(cmap, middle)))
+            low, high = (middle, high) if left(dense) <= point else (low, middle)
+        share = float(_narrowest(cmap, low).sum()) / cmap.units
+        net = _pruned(net, data, seed, number, units_ratio=share + 1e-6, min_keep=low, align=1)
         yield point, net
+
+
+def _labelled(net: Any) -> tuple[Any, Any]:
+    import torch
+
+    from compress.channelmap import channel_map
+    from compress.trace import trace
+
+    traced = trace(net, (torch.zeros(2, 3, 32, 32),))
+    return traced, channel_map(traced)
+
+
+def _narrowest(cmap: Any, share: float) -> Any:
+    """Units per class, at least this share of each."""
+    import numpy as np
+
+    from compress.select import levels_of
+
+    return np.array([own[0] for own in levels_of(cmap, 1, share)])
 
 
 OURS: dict[str, Callable[..., Iterator[tuple[float, Any]]]] = {
