@@ -42,9 +42,9 @@ def _pruned(net: Any, data: job.Data, seed: int, number: int, **options: Any) ->
     import compress
     from compress.task import CrossEntropy
 
-    units = _labelled(net)[1].units
+    example, units = torch.zeros(2, 3, 32, 32), _labelled(net)[1].units
     return compress.prune(
-        net, torch.zeros(2, 3, 32, 32), lambda epoch: data.epoch(100 * number + epoch), CrossEntropy(), seed=seed,
+        net, example, lambda epoch: data.epoch(100 * number + epoch), CrossEntropy(), seed=seed,
         minibatches_per_step=job.MINIBATCHES, units_per_step=max(1, round(job.STEP_SHARE * units)),
         **job.PRUNE | {"min_keep": job.MIN_KEEP} | options,
     )[0]  # fmt: skip
