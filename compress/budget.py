@@ -92,14 +92,11 @@ def importance_at(ascending_scores: np.ndarray, levels: np.ndarray) -> np.ndarra
 def _costs(part: Resource, counts: np.ndarray, levels: list[np.ndarray]) -> list[np.ndarray]:
     """The share of the whole network's cost that is left with one class at each of its levels."""
     longest = max(len(own) for own in levels)
-    found = [np.empty(len(own)) for own in levels]
-    for number in range(longest):
-        by = np.array([n - own[min(number, len(own) - 1)] for n, own in zip(counts, levels, strict=True)])
-        left = part.ratios(counts, by)
-        for group, own in enumerate(levels):
-            if number < len(own):
-                found[group][number] = left[group]
-    return found
+    by = np.array(
+        [n - own[np.arange(longest).clip(max=len(own) - 1)] for n, own in zip(counts, levels, strict=True)]
+    )
+    left = part.ratios(counts, by.T)
+    return [left[: len(own), group] for group, own in enumerate(levels)]
 
 
 def _fitting(

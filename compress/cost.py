@@ -14,6 +14,8 @@ import numpy as np
 from compress.channelmap import ChannelMap
 from compress.memory import Points
 
+CELLS = 1 << 20  # widths that are looked at together
+
 
 @dataclass(frozen=True)
 class Products:
@@ -34,9 +36,14 @@ class Products:
         return value
 
     def narrowed(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """The total after narrowing one class at a time by `by` (classes,); shape (classes,)."""
-        widths = (self.base + self.weight @ counts)[..., None] - self.weight * by
-        value: np.ndarray = (self.factor @ self._blocks(widths).prod(axis=1)) ** self.power
+        """The total after narrowing one class at a time by `by` (..., classes); shape (..., classes)."""
+        now, rows = self.base + self.weight @ counts, by.reshape(-1, by.shape[-1])
+        found = np.empty(rows.shape)
+        some = max(1, CELLS // max(self.weight.size, 1))
+        for start in range(0, len(rows), some):
+            widths = now[..., None] - self.weight * rows[start : start + some, None, None]
+            found[start : start + some] = self.factor @ self._blocks(widths).prod(axis=2)
+        value: np.ndarray = found.reshape(by.shape) ** self.power
         return value
 
     def _blocks(self, widths: np.ndarray) -> np.ndarray:
@@ -66,7 +73,7 @@ class Resource:
         return self.products.total(counts) / self.whole
 
     def ratios(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """`ratio` after narrowing one class at a time by `by` (classes,); shape (classes,)."""
+        """`ratio` after narrowing one class at a time by `by` (..., classes); shape (..., classes)."""
         return self.products.narrowed(counts, by) / self.whole
 
 

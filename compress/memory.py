@@ -1,13 +1,14 @@
 """The memory that activations take, as a function of kept units per class.
 
-While a network runs one example, what lies in memory at once is, at each op of the graph, every activation that
-this op or a later one reads, and what this op writes. Which values share memory (views, ops in place) is seen by
-running the network once, in eval mode. An activation's size is a sum over its channels, so at each op the sum is
+While a network runs one example, what lies in memory at once is, at each op of the graph, every activation
+that this op or a later one reads, and what this op writes. Which values share memory (views, ops in place) is
+seen by running the network once, in eval mode. An activation's size is a sum over its channels, so at each op
+the sum is
 
     M(n) = base + weight . n
 
-of class counts n, and the network's peak is the largest of them. Parameters, constants and what is computed from
-them alone are not counted, nor what an op needs for itself while it runs.
+of class counts n, and the network's peak is the largest of them. Parameters, constants and what is computed
+from them alone are not counted, nor what an op needs for itself while it runs.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from compress.trace import GraphNet, eval_mode
 
 @dataclass(frozen=True)
 class Points:
-    """Bytes per example that lie in memory at once, at some ops: base (points,) + weight (points, classes) @ n.
+    """Bytes per example that lie in memory at once at some ops: base + weight @ n.
 
-    ops: what each point is, as `module op`.
+    base (points,), weight (points, classes); ops: what each point is, as `module op`.
     """
 
     base: np.ndarray
@@ -57,9 +58,9 @@ class Points:
         return value
 
     def highest(self, low: np.ndarray, high: np.ndarray, limit: float = 0.0) -> Points:
-        """The points that decide whether the peak is within `limit`, at counts between low and high (classes,).
+        """The points that decide whether the peak is within `limit` at counts between low and high (classes,).
 
-        Left out is what never exceeds it, and what another point is never below; the highest one always stays.
+        Left out is what never exceeds it, and what is never above another point; the highest always stays.
         """
         most = self.at(high)
         stays: list[int] = []
@@ -119,7 +120,7 @@ class _Storage:
 
 
 class _Storages(fx.Interpreter):
-    """Runs a graph and notes which storages its values lie in. Gates are passed by: surgery takes them out."""
+    """Runs a graph and notes which storages its values lie in. Gates are passed by: surgery removes them."""
 
     def __init__(self, net: GraphNet) -> None:
         super().__init__(net)
@@ -168,7 +169,8 @@ def _size(one: _Storage, cmap: ChannelMap, full: np.ndarray) -> np.ndarray:
     of_unit = np.bincount(units[units >= 0], elements[units >= 0], cmap.units)
     weight = np.full(len(full), np.inf)
     np.minimum.at(weight, cmap.classes, of_unit)
-    return np.concatenate(([whole - weight @ full], weight)) * (one.bytes / whole)
+    found: np.ndarray = np.append(whole - weight @ full, weight) * (one.bytes / whole)
+    return found
 
 
 def _elements(
@@ -176,8 +178,9 @@ def _elements(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The unit of every label of what a storage was made for, and how many elements each stands for."""
     labels = tree_leaves(nodes[one.maker.name])
-    own = [labels[position] for position in one.outputs]
-    small = [core(each) for each in own]
-    units = np.concatenate([unit_of_label[each.numpy()].reshape(-1) for each in small])
-    share = [np.full(part.numel(), each.numel() / part.numel()) for part, each in zip(small, own, strict=True)]
-    return units, np.concatenate(share)
+    units, share = [], []
+    for own in (labels[position] for position in one.outputs):
+        small = core(own)
+        units.append(unit_of_label[small.numpy()].reshape(-1))
+        share.append(np.full(small.numel(), own.numel() / small.numel()))
+    return np.concatenate(units), np.concatenate(share)

@@ -15,7 +15,6 @@ from compress.channelmap import ChannelMap
 from compress.cost import CostModel, class_counts, cost_model
 from compress.errors import ModelError
 
-
 KINDS = ("macs", "params", "units", "latency", "memory")
 
 
