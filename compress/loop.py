@@ -47,7 +47,7 @@ class Step:
     """One removal. minibatches: trained before it. loss: mean over the minibatches that followed it.
 
     accuracy: on the validation examples after those, None where it was not measured. latency_ratio: by the
-    model of the target, None without a budget of latency.
+    model of the target, None without a budget of latency. memory_ratio: of the peak of activations, likewise.
     """
 
     step: int
@@ -58,6 +58,7 @@ class Step:
     loss: float | None = None
     accuracy: float | None = None
     latency_ratio: float | None = None
+    memory_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,8 @@ class _Run:
         entry = Step(number, self.state.minibatches, units, ratio("macs", counts), ratio("params", counts))
         if self.where.cost.latency is not None:
             entry = replace(entry, latency_ratio=ratio("latency", counts))
+        if self.where.cost.memory is not None:
+            entry = replace(entry, memory_ratio=ratio("memory", counts))
         self.state.history.append(entry)
         self.state.reached = chosen.reached or self.state.ended
 

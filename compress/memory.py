@@ -58,7 +58,7 @@ class Points:
         return value
 
     def highest(self, low: np.ndarray, high: np.ndarray, limit: float = 0.0) -> Points:
-        """The points that decide whether the peak is within `limit` at counts between low and high (classes,).
+        """The points that decide whether the peak is within limit, at counts between low and high (classes,).
 
         Left out is what never exceeds it, and what is never above another point; the highest always stays.
         """
