@@ -17,7 +17,7 @@ from random_networks import build, example_of, seeded_network
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
-from torchvision.models import DenseNet
+from torchvision.models.densenet import _DenseBlock
 from torchvision.models.mobilenetv3 import MobileNetV3, _mobilenet_v3_conf
 
 from compress import config, files, pipeline
@@ -95,12 +95,14 @@ class Vit(nn.Module):
 
 
 def mobilenet() -> nn.Module:
-    settings, last = _mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.5)
-    return MobileNetV3(settings[:4], last)
+    settings, last = _mobilenet_v3_conf("mobilenet_v3_small")
+    return MobileNetV3(settings[:3], last)
 
 
 def densenet() -> nn.Module:
-    return DenseNet(growth_rate=6, block_config=(3, 3), num_init_features=8, bn_size=2, num_classes=5)
+    block = _DenseBlock(4, 8, bn_size=2, growth_rate=6, drop_rate=0.0)
+    head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), block, *head)
 
 
 def vit() -> nn.Module:
@@ -114,7 +116,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 @cache
 def traced_map(name: str) -> tuple[Traced, ChannelMap, Points]:
-    traced = trace(randomise(NETS[name]()), images(size=32 if name in ("mobilenet", "densenet") else 8))
+    traced = trace(randomise(NETS[name]()), images(size=32 if name == "mobilenet" else 8))
     cmap = channel_map(traced)
     return traced, cmap, points(traced.net, cmap, traced.example)
 
@@ -224,7 +226,7 @@ def to_the_end(where: Space, pace: float) -> tuple[np.ndarray, bool]:
 
 class TestNarrow:
     @pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "vit"])
-    @pytest.mark.parametrize("ratio", [0.8, 0.6])
+    @pytest.mark.parametrize("ratio", [0.8, 0.65])
     def test_memory_alone(self, name: str, ratio: float) -> None:
         where = budgets_of(name, Target("memory", ratio))
         found = traced_map(name)[2]
@@ -233,11 +235,10 @@ class TestNarrow:
         assert reached
         assert (found.at(counts) <= limit * (1 + 1e-9)).all()
         assert all(n in own for n, own in zip(counts, where.levels, strict=True))
-        wider = [counts + (np.arange(len(counts)) == g) for g in np.flatnonzero(counts < where.cost.full)]
-        assert wider  # and in one step nothing is left that one more unit could use
         once, _ = to_the_end(where, 1.0)
         wider = [once + (np.arange(len(once)) == g) for g in np.flatnonzero(once < where.cost.full)]
-        assert all(found.peak(more) > limit for more in wider)
+        assert wider
+        assert all(found.peak(more) > limit for more in wider)  # nothing is left that a unit could use
 
     @pytest.mark.parametrize("name", ["resnet", "densenet"])
     def test_with_macs_and_latency(self, name: str) -> None:
