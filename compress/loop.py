@@ -60,6 +60,18 @@ class Step:
     latency_ratio: float | None = None
     memory_ratio: float | None = None
 
+    def left(self, kind: str, units: int) -> float:
+        """The share that is left of `macs`, `params`, `latency`, `memory` or the `units` that there were."""
+        if kind == "units":
+            return self.units_kept / units
+        found = {
+            "macs": self.macs_ratio,
+            "params": self.params_ratio,
+            "latency": self.latency_ratio,
+            "memory": self.memory_ratio,
+        }[kind]
+        return 1.0 if found is None else found
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -377,14 +389,9 @@ class _Run:
         """Whether to evaluate after this removal: always under a tolerance, else about LOOKS times."""
         if self.state.reached or self.config.max_accuracy_drop is not None:
             return True
-        shares = {
-            "macs": 1 - last.macs_ratio,
-            "params": 1 - last.params_ratio,
-            "units": 1 - last.units_kept / self.cmap.units,
-            "latency": 1 - (last.latency_ratio or 1.0),
-        }
-        measured = sum(step.accuracy is not None for step in self.state.history)
-        return shares[self.where.target.kind] / (1 - self.where.target.ratio) * LOOKS >= measured + 1
+        target, measured = self.where.target, sum(step.accuracy is not None for step in self.state.history)
+        gone = 1 - last.left(target.kind, self.cmap.units)
+        return gone / (1 - target.ratio) * LOOKS >= measured + 1
 
     def _accuracy(self) -> float:
         with seeds.isolated(seeds.derive(self.seed, "validation", len(self.state.history)), self.device):

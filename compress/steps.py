@@ -323,13 +323,7 @@ def _prune(work: Work, traced: Traced) -> Done:
     started = datetime.now(UTC)
 
     def show(step: Step, target: float) -> None:
-        ratio = {
-            "macs": step.macs_ratio,
-            "params": step.params_ratio,
-            "units": step.units_kept / cmap.units,
-            "latency": step.latency_ratio or 1.0,
-            "memory": step.memory_ratio or 1.0,
-        }[where.target.kind]
+        ratio = step.left(where.target.kind, cmap.units)
         text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}"
         if step.memory_ratio is not None:
             text = f"memory {step.memory_ratio:.1%}  {text}"
