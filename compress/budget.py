@@ -1,9 +1,11 @@
-"""Selection under budgets: latency, MACs and parameters come down together, and the target has the last word.
+"""Selection under budgets: latency, memory, MACs and parameters come down together, and the target has the
+last word.
 
 Each step is a knapsack (`knapsack.py`): of every class one of the widths that the target runs well, the most
 importance kept, every cost within its budget. Costs are sums of products of widths, so what a width saves
 depends on the others; it is taken as if they stayed, which a step of 2 % forgives, and the last step is
-repeated until the costs of the network itself are met. Then that network is measured, and where the model of
+repeated until the costs of the network itself are met. A peak of memory is one cost for each op that may be
+it. Then that network is measured, and where the model of
 its latency was wrong, the choice is made again with the model corrected.
 """
 
@@ -15,7 +17,7 @@ from math import exp, log
 
 import numpy as np
 
-from compress.cost import CostModel, class_counts
+from compress.cost import CostModel, Resource, class_counts
 from compress.knapsack import Infeasible, choose
 from compress.select import Selection, Space, ascending
 
@@ -87,17 +89,14 @@ def importance_at(ascending_scores: np.ndarray, levels: np.ndarray) -> np.ndarra
     return np.asarray(total[levels])
 
 
-def _costs(cost: CostModel, kind: str, counts: np.ndarray, levels: list[np.ndarray]) -> list[np.ndarray]:
+def _costs(part: Resource, counts: np.ndarray, levels: list[np.ndarray]) -> list[np.ndarray]:
     """The share of the whole network's cost that is left with one class at each of its levels."""
     longest = max(len(own) for own in levels)
-    found = [np.empty(len(own)) for own in levels]
-    for number in range(longest):
-        by = np.array([n - own[min(number, len(own) - 1)] for n, own in zip(counts, levels, strict=True)])
-        left = np.broadcast_to(cost.ratios(kind, counts, by), by.shape)
-        for group, own in enumerate(levels):
-            if number < len(own):
-                found[group][number] = left[group]
-    return found
+    by = np.array(
+        [n - own[np.arange(longest).clip(max=len(own) - 1)] for n, own in zip(counts, levels, strict=True)]
+    )
+    left = part.ratios(counts, by.T)
+    return [left[: len(own), group] for group, own in enumerate(levels)]
 
 
 def _fitting(
@@ -114,13 +113,14 @@ def _fitting(
     A choice that costs more than its class-by-class costs add up to is made again with so much less to spend,
     and where that leads nowhere, from that choice on.
     """
-    costs = [_costs(cost, kind, counts, levels) for kind in goals]
-    now = np.array([cost.ratio(kind, counts) for kind in goals])
-    least = np.array([[own[0] for own in costs[k]] for k in range(len(goals))])
-    spent = [np.stack([costs[k][g] - least[k][g] for k in range(len(goals))], 1) for g in range(len(counts))]
-    asked = np.array([*goals.values()])
-    aims, chosen = asked.copy(), counts
     narrowest = np.array([own[0] for own in levels])
+    pairs = [(p, goal) for kind, goal in goals.items() for p in cost.resources(kind, goal, narrowest, counts)]
+    parts, asked = [part for part, _ in pairs], np.array([goal for _, goal in pairs])
+    costs = [_costs(part, counts, levels) for part in parts]
+    now = np.array([part.ratio(counts) for part in parts])
+    least = np.array([[own[0] for own in found] for found in costs])
+    spent = [np.stack([found[g] - found[g][0] for found in costs], 1) for g in range(len(counts))]
+    aims, chosen = asked.copy(), counts
     kept = [own[at] for own, at in zip(worth, levels, strict=True)]
     for _ in range(TRIES):
         budgets = aims - (now + (least - now[:, None]).sum(axis=1))
@@ -131,7 +131,7 @@ def _fitting(
         except (Infeasible, TimeoutError):
             break
         chosen = np.array([own[at] for own, at in zip(levels, found.levels, strict=True)])
-        over = np.array([cost.ratio(kind, chosen) for kind in goals]) - asked
+        over = np.array([part.ratio(chosen) for part in parts]) - asked
         if (over <= 1e-9).all():
             return chosen, found.loss_gap
         added = aims - budgets + found.costs

@@ -1,4 +1,5 @@
-"""A config's budgets for one network: what they ask of it, with its latency as measured on the target."""
+"""A config's budgets for one network: what they ask of it, with its latency as measured on the target and the
+memory of its activations."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from compress import aim, distributed, files
 from compress.budget import AIM, WITHIN, Look, aimed_latency, close, narrow
 from compress.channelmap import ChannelMap
 from compress.config import Config
-from compress.cost import cost_model
+from compress.cost import class_counts, cost_model
 from compress.errors import CompressError, ConfigError, ModelError
 from compress.latency import LatencyModel
+from compress.memory import points
 from compress.meter import Meter, Note, setting_of
 from compress.select import Space, Target, check_reachable, levels_of
 from compress.trace import GraphNet
@@ -53,14 +55,19 @@ class Budgeted:
         return look
 
     def as_dict(
-        self, looks: tuple[Look, ...], look: Look | None = None, gap: float | None = None
+        self,
+        keep: np.ndarray,
+        looks: tuple[Look, ...],
+        look: Look | None = None,
+        gap: float | None = None,
     ) -> dict[str, Any]:
         """For prune.json: what was asked for, what the model knew, what was measured.
 
-        look: the one of `looks` at the network that was chosen, None where there is none; gap: if known.
+        keep: bool (units,), what was chosen; look: the one of `looks` at that network, None where there is
+        none; gap: if known.
         """
         asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
-        document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None}
+        document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None, "memory": self._memory(keep)}
         if self.latency is not None and self.meter is not None:
             ratio = aimed_latency(self.where) / AIM
             place = self.meter.bench.place
@@ -77,6 +84,19 @@ class Budgeted:
                 "looks": [asdict(look) | {"fits": look.fits, "near": look.near} for look in looks],
             }
         return document
+
+    def _memory(self, keep: np.ndarray) -> dict[str, Any] | None:
+        """Peak bytes of activations per example before and after, and at which ops; None if not asked for."""
+        known = self.where.cost.memory
+        if known is None:
+            return None
+        full, counts = self.where.cost.full, class_counts(self.where.cmap, keep)
+        return {
+            "before": round(known.peak(full)),
+            "after": round(known.peak(counts)),
+            "op_before": known.peak_op(full),
+            "op_after": known.peak_op(counts),
+        }
 
 
 def budgeted(
@@ -96,9 +116,11 @@ def budgeted(
     budget = config.budget
     assert budget is not None
     levels = levels_of(cmap, aim.align(config), config.prune.min_keep)
-    given = (("macs", budget.macs_ratio), ("params", budget.params_ratio))
+    given = (("macs", budget.macs_ratio), ("params", budget.params_ratio), ("memory", budget.memory_ratio))
     targets = [Target(kind, ratio) for kind, ratio in given if ratio is not None]
     cost, found = cost_model(cmap), None
+    if budget.memory_ratio is not None:
+        cost = replace(cost, memory=points(net, cmap, example))
     if budget.has_latency:
         at = aim.place(config)
         found = measured(config, at, net, cmap, levels, example, run=run, folder=folder, progress=progress)

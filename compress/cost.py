@@ -1,4 +1,4 @@
-"""MACs and parameters of any choice of channels, from label counts: no re-trace, no copy.
+"""MACs, parameters and memory of any choice of channels, from label counts: no re-trace, no copy.
 
 One multiply-add is one MAC. Every cost is a sum of products of kept counts, and units of one class
 always appear together on the same axes, so a cost is a function of the kept count per class alone.
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.channelmap import ChannelMap
+from compress.memory import Points
+
+CELLS = 1 << 20  # widths that are looked at together
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,14 @@ class Products:
         return value
 
     def narrowed(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """The total after narrowing one class at a time by `by` (classes,); shape (classes,)."""
-        widths = (self.base + self.weight @ counts)[..., None] - self.weight * by
-        value: np.ndarray = (self.factor @ self._blocks(widths).prod(axis=1)) ** self.power
+        """The total after narrowing one class at a time by `by` (..., classes); shape (..., classes)."""
+        now, rows = self.base + self.weight @ counts, by.reshape(-1, by.shape[-1])
+        found = np.empty(rows.shape)
+        some = max(1, CELLS // max(self.weight.size, 1))
+        for start in range(0, len(rows), some):
+            widths = now[..., None] - self.weight * rows[start : start + some, None, None]
+            found[start : start + some] = self.factor @ self._blocks(widths).prod(axis=2)
+        value: np.ndarray = found.reshape(by.shape) ** self.power
         return value
 
     def _blocks(self, widths: np.ndarray) -> np.ndarray:
@@ -54,37 +62,75 @@ def in_blocks(widths: np.ndarray, block: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Resource:
+    """A cost as a share of that of the whole network."""
+
+    products: Products
+    whole: float
+
+    def ratio(self, counts: np.ndarray) -> float:
+        """The share that is left at class counts (classes,)."""
+        return self.products.total(counts) / self.whole
+
+    def ratios(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
+        """`ratio` after narrowing one class at a time by `by` (..., classes); shape (..., classes)."""
+        return self.products.narrowed(counts, by) / self.whole
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Cost of kept counts per class. full: units per class in the unpruned model, (classes,). latency: in
-    milliseconds on one target, None where it was not measured; latency_ms: of the unpruned model."""
+    milliseconds on one target, None where it was not measured; latency_ms: of the unpruned model. memory: of
+    activations, None where no budget asks for it."""
 
     macs: Products
     params: Products
     full: np.ndarray
     latency: Products | None = None
     latency_ms: float = 1.0
+    memory: Points | None = None
 
     def ratio(self, kind: str, counts: np.ndarray) -> float:
-        """Share that is left of `macs`, `params`, `units` or `latency` at class counts."""
-        if kind == "units":
-            return float(counts.sum() / max(self.full.sum(), 1))
-        products, whole = self._of(kind)
-        return products.total(counts) / whole
+        """Share that is left of `macs`, `params`, `units`, `latency` or (peak) `memory` at class counts."""
+        if kind == "memory":
+            return self._memory.peak(counts) / self._memory.peak(self.full)
+        return self._of(kind).ratio(counts)
 
     def ratios(self, kind: str, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
         """`ratio` after narrowing one class at a time by `by`; shape (classes,)."""
-        if kind == "units":
-            return np.asarray((counts.sum() - by) / max(self.full.sum(), 1))
-        products, whole = self._of(kind)
-        return products.narrowed(counts, by) / whole
+        if kind == "memory":
+            return self._memory.narrowed(counts, by) / self._memory.peak(self.full)
+        return self._of(kind).ratios(counts, by)
 
-    def _of(self, kind: str) -> tuple[Products, float]:
-        """The products of a kind, and their total for the unpruned model."""
+    def resources(self, kind: str, goal: float, low: np.ndarray, high: np.ndarray) -> list[Resource]:
+        """What has to be at most `goal`, each, for `ratio` to be, at counts between low and high (classes,).
+
+        Memory is one resource for each op that may be the peak, all else is one.
+        """
+        if kind != "memory":
+            return [self._of(kind)]
+        whole = self._memory.peak(self.full)
+        some = self._memory.highest(low, high, goal * whole)
+        one = np.ones(1)
+        return [
+            Resource(Products(one, base.reshape(1, 1), weight.reshape(1, 1, -1)), whole)
+            for base, weight in zip(some.base, some.weight, strict=True)
+        ]
+
+    @property
+    def _memory(self) -> Points:
+        assert self.memory is not None
+        return self.memory
+
+    def _of(self, kind: str) -> Resource:
+        if kind == "units":
+            each = Products(np.ones(1), np.zeros((1, 1)), np.ones((1, 1, len(self.full))))
+            return Resource(each, max(float(self.full.sum()), 1.0))
         if kind == "latency":
             assert self.latency is not None
-            return self.latency, self.latency_ms
+            return Resource(self.latency, self.latency_ms)
         products = {"macs": self.macs, "params": self.params}[kind]
-        return products, max(products.total(self.full), 1.0)
+        return Resource(products, max(products.total(self.full), 1.0))
 
 
 @dataclass(frozen=True)

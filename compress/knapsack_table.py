@@ -84,7 +84,8 @@ def _undominated(table: Table) -> np.ndarray:
 
 
 def tightened(table: Table) -> Table | None:
-    """Without levels that fit beside nothing, costs counted from each group's least; None: nothing fits."""
+    """Without levels that fit beside nothing and resources that nothing overspends then, costs counted from
+    each group's least; None: nothing fits."""
     while True:
         least = np.minimum.reduceat(table.costs, table.start, axis=0)
         room = 1 + ROUNDING - least.sum(axis=0)
@@ -94,5 +95,13 @@ def tightened(table: Table) -> Table | None:
             return None
         if possible.all():
             size = np.where(room > 10 * ROUNDING, room, 1.0)
-            return replace(table, costs=above / size, unit=table.unit * size)
+            return _scarce(replace(table, costs=above / size, unit=table.unit * size))
         table = table.only(possible)
+
+
+def _scarce(table: Table) -> Table:
+    """Without resources that the dearest levels together do not overspend; the scarcest always stays."""
+    most = np.maximum.reduceat(table.costs, table.start, axis=0).sum(axis=0)
+    scarce = most > 1
+    scarce[np.argmax(most)] = True
+    return replace(table, costs=table.costs[:, scarce], unit=table.unit[scarce])

@@ -47,7 +47,7 @@ class Step:
     """One removal. minibatches: trained before it. loss: mean over the minibatches that followed it.
 
     accuracy: on the validation examples after those, None where it was not measured. latency_ratio: by the
-    model of the target, None without a budget of latency.
+    model of the target, None without a budget of latency. memory_ratio: of the peak of activations, likewise.
     """
 
     step: int
@@ -58,6 +58,19 @@ class Step:
     loss: float | None = None
     accuracy: float | None = None
     latency_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    def left(self, kind: str, units: int) -> float:
+        """The share that is left of `macs`, `params`, `latency`, `memory` or the `units` that there were."""
+        if kind == "units":
+            return self.units_kept / units
+        found = {
+            "macs": self.macs_ratio,
+            "params": self.params_ratio,
+            "latency": self.latency_ratio,
+            "memory": self.memory_ratio,
+        }[kind]
+        return 1.0 if found is None else found
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,8 @@ class _Run:
         entry = Step(number, self.state.minibatches, units, ratio("macs", counts), ratio("params", counts))
         if self.where.cost.latency is not None:
             entry = replace(entry, latency_ratio=ratio("latency", counts))
+        if self.where.cost.memory is not None:
+            entry = replace(entry, memory_ratio=ratio("memory", counts))
         self.state.history.append(entry)
         self.state.reached = chosen.reached or self.state.ended
 
@@ -374,14 +389,9 @@ class _Run:
         """Whether to evaluate after this removal: always under a tolerance, else about LOOKS times."""
         if self.state.reached or self.config.max_accuracy_drop is not None:
             return True
-        shares = {
-            "macs": 1 - last.macs_ratio,
-            "params": 1 - last.params_ratio,
-            "units": 1 - last.units_kept / self.cmap.units,
-            "latency": 1 - (last.latency_ratio or 1.0),
-        }
-        measured = sum(step.accuracy is not None for step in self.state.history)
-        return shares[self.where.target.kind] / (1 - self.where.target.ratio) * LOOKS >= measured + 1
+        target, measured = self.where.target, sum(step.accuracy is not None for step in self.state.history)
+        gone = 1 - last.left(target.kind, self.cmap.units)
+        return gone / (1 - target.ratio) * LOOKS >= measured + 1
 
     def _accuracy(self) -> float:
         with seeds.isolated(seeds.derive(self.seed, "validation", len(self.state.history)), self.device):

@@ -96,7 +96,7 @@ def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) ->
     )
     keep, reached, looks = chosen(found, scores)
     look = looks[-1] if looks else None
-    return _Chosen(keep, found.where, reached, found.as_dict(looks, look))
+    return _Chosen(keep, found.where, reached, found.as_dict(keep, looks, look))
 
 
 def _progress(work: Work) -> Note:

@@ -236,6 +236,9 @@ class BudgetConfig(Section):
     latency_ratio: Ratio | None = Field(default=None, description="or: share of the original's latency")
     macs_ratio: Ratio | None = Field(default=None, description="and: share of multiply-adds kept")
     params_ratio: Ratio | None = Field(default=None, description="and: share of parameters kept")
+    memory_ratio: Ratio | None = Field(
+        default=None, description="and: share kept of the activations that lie in memory at once"
+    )
     target: Name | None = Field(default=None, description="where the latency is measured; null: bench.target")
     batch: Count | None = Field(
         default=None, description="at which batch size; null: gates.batch, or the largest of bench.batches"
@@ -248,9 +251,10 @@ class BudgetConfig(Section):
     def _something_is_asked(self) -> BudgetConfig:
         if self.latency_ms is not None and self.latency_ratio is not None:
             raise fault("give only one of latency_ms and latency_ratio; found both", place=("latency_ratio",))
-        asked = (self.latency_ms, self.latency_ratio, self.macs_ratio, self.params_ratio)
+        asked = (self.latency_ms, self.latency_ratio, self.macs_ratio, self.params_ratio, self.memory_ratio)
         if all(value is None for value in asked):
-            raise fault("must name a limit", "give latency_ms, latency_ratio, macs_ratio or params_ratio")
+            limits = "latency_ms, latency_ratio, macs_ratio, params_ratio or memory_ratio"
+            raise fault("must name a limit", f"give {limits}")
         return self
 
     @property

@@ -15,17 +15,19 @@ from compress.channelmap import ChannelMap
 from compress.cost import CostModel, class_counts, cost_model
 from compress.errors import ModelError
 
+KINDS = ("macs", "params", "units", "latency", "memory")
+
 
 @dataclass(frozen=True)
 class Target:
-    """kind: macs, params, units or latency; ratio: the share of it that is to stay, 0 < ratio < 1."""
+    """kind: macs, params, units, latency or memory; ratio: the share that is to stay, 0 < ratio < 1."""
 
     kind: str
     ratio: float
 
     def __post_init__(self) -> None:
-        if self.kind not in ("macs", "params", "units", "latency"):
-            raise ValueError(f"unknown target {self.kind}: macs, params, units or latency")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown target {self.kind}: {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         if not 0 < self.ratio < 1:
             raise ModelError(
                 f"{self.kind}_ratio is {self.ratio}", fix="give a share between 0 and 1, both excluded"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.console import STYLES, print_table, readable
-from deploy.budget_view import sentences
+from deploy.budget_view import memory_said, sentences
 from deploy.budget_view import table as looked_at
 from deploy.values import (
     count,
@@ -89,6 +89,9 @@ def _figures(results: Data) -> Iterable[tuple[str, str, str]]:
         yield "accuracy", "not measured", ""
     yield "MACs", *_change(section(cost, "macs"), "")
     yield "parameters", *_change(section(cost, "params"), "")
+    memory = section(section(section(results, "pruning"), "budget"), "memory")
+    if memory:
+        yield "peak activations", *_change(memory, "B")
     yield "ONNX file", *_change(section(cost, "onnx_bytes"), "B")
     yield "speed", *_speed(results)
 
@@ -219,7 +222,8 @@ def show_plan(console: Console, found: Data) -> None:
     """What would leave, and whether the target can be met."""
     target = section(found, "target")
     kind, value = str(target.get("kind")).removesuffix("_ratio"), number(target.get("value")) or 0.0
-    kind = {"macs": "MACs", "params": "parameters"}.get(kind, kind)
+    words = {"macs": "MACs", "params": "parameters", "memory": "peak activation memory"}
+    kind = words.get(kind, kind)
     least = measured(found.get("least"), lambda x: percent(x, 1))
     latency = section(section(found, "budget"), "latency")
     if found.get("reachable"):
@@ -229,7 +233,7 @@ def show_plan(console: Console, found: Data) -> None:
         verdict_line(console, "fail", f"{percent(value, 1)} of the {kind}: no width allowed comes near it")
     else:
         verdict_line(console, "fail", f"{percent(value, 1)} of the {kind} is out of reach: {least} must stay")
-    for said in sentences(latency):
+    for said in (*sentences(latency), *memory_said(section(found, "budget"))):
         line(console, said)
     units = section(found, "units")
     facts = [

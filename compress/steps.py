@@ -323,13 +323,10 @@ def _prune(work: Work, traced: Traced) -> Done:
     started = datetime.now(UTC)
 
     def show(step: Step, target: float) -> None:
-        ratio = {
-            "macs": step.macs_ratio,
-            "params": step.params_ratio,
-            "units": step.units_kept / cmap.units,
-            "latency": step.latency_ratio or 1.0,
-        }[where.target.kind]
+        ratio = step.left(where.target.kind, cmap.units)
         text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}"
+        if step.memory_ratio is not None:
+            text = f"memory {step.memory_ratio:.1%}  {text}"
         if step.latency_ratio is not None:
             text = f"latency {step.latency_ratio:.1%}  {text}"
         work.events.progress("prune", min(1 - ratio, 1 - target), 1 - target, text)
@@ -341,7 +338,7 @@ def _prune(work: Work, traced: Traced) -> Done:
     )  # fmt: skip
     seconds = (datetime.now(UTC) - started).total_seconds()
     folded = [name for name, _ in traced.folded]
-    facts = None if budget is None else budget.as_dict(pruned.looks, pruned.look, pruned.gap)
+    facts = None if budget is None else budget.as_dict(pruned.keep, pruned.looks, pruned.look, pruned.gap)
     return _write_pruned(work, cmap, where, pruned, {"seconds": seconds, "folded": folded, "budget": facts})
 
 

@@ -1,4 +1,4 @@
-"""The latency that was asked for, for people: what the model of it predicted, and what was measured."""
+"""Budgets, for people: the latency that was asked for, predicted and measured, and the memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploy.tables import Table
-from deploy.values import count, measured, milliseconds, number, percent, rows, text
+from deploy.values import count, measured, milliseconds, number, percent, rows, section, text
 
 
 def table(latency: Mapping[str, Any]) -> Table:
@@ -35,6 +35,17 @@ def sentences(latency: Mapping[str, Any]) -> list[str]:
     ratio = measured(latency.get("asked_ratio"), _share)
     said = f"Asked for: {asked}, {ratio} of the original's {whole}, on {place(latency)}."
     return [said, _outcome(latency), _model(latency)]
+
+
+def memory_said(budget: Mapping[str, Any]) -> list[str]:
+    """What was asked of the activations that lie in memory at once, and what came of it; none without."""
+    memory, asked = section(budget, "memory"), section(budget, "asked").get("memory_ratio")
+    before, after = number(memory.get("before")), number(memory.get("after"))
+    if not before or after is None:
+        return []
+    pair = f"{before / 1024:,.1f} → {after / 1024:,.1f} KiB per example"
+    said = f"Peak activation memory: {pair} ({percent(after / before, 1)})"
+    return [f"{said}, asked for {measured(asked, _share)}; it is at {text(memory.get('op_after'))}."]
 
 
 def place(latency: Mapping[str, Any]) -> str:

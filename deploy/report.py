@@ -92,7 +92,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
     """Everything the templates say, as plain texts and tables."""
     gates, provenance = rows(results, "gates"), section(results, "provenance")
     profile = section(results, "profile")
-    budget = section(section(section(results, "pruning"), "budget"), "latency")
+    budget = section(section(results, "pruning"), "budget")
+    latency = section(budget, "latency")
     verdict = _verdict(gates)
     config = provenance.get("config")
     return {
@@ -122,10 +123,10 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "around": tables.around(results),
         "layers": tables.layers(results),
         "thinnest": _thinnest(results),
-        "pruning": tables.pruning_facts(results),
+        "pruning": " ".join([tables.pruning_facts(results), *budget_view.memory_said(budget)]),
         "pruning_history": tables.pruning_history(results),
-        "budget": budget_view.table(budget),
-        "budget_said": budget_view.sentences(budget),
+        "budget": budget_view.table(latency),
+        "budget_said": budget_view.sentences(latency),
         "stages": [
             (name, title, tables.epochs(results, name))
             for name, title in (("train", "Training before pruning"), ("finetune", "Fine-tuning"))

@@ -277,6 +277,8 @@ def pruning_history(results: Mapping[str, Any]) -> Table:
     kept = {"macs_ratio": "MACs kept", "params_ratio": "Parameters kept"}
     if any(row.get("latency_ratio") is not None for row in history):
         kept["latency_ratio"] = "Latency kept, predicted"
+    if any(row.get("memory_ratio") is not None for row in history):
+        kept["memory_ratio"] = "Peak activations kept"
     for row in history:
         counts = [count(row.get(key)) for key in ("step", "minibatches", "units_kept")]
         shares = [measured(row.get(key), percent) for key in kept]

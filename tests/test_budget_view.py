@@ -144,6 +144,7 @@ def test_a_plan_under_budgets_without_latency(tmp_path: Path) -> None:
         "asked": {"macs_ratio": 0.7, "params_ratio": 0.5},
         "gap": None,
         "latency": None,
+        "memory": None,
     }
     assert found["macs"]["after"] <= 0.7 * found["macs"]["before"]
     assert found["params"]["after"] <= 0.5 * found["params"]["before"]

@@ -358,8 +358,12 @@ def test_an_override_may_mend_the_file() -> None:
         ),
         (
             "budget: {batch: 1}",
-            "compress.yaml:4:9 budget: must name a limit; give latency_ms, latency_ratio, macs_ratio or "
-            "params_ratio",
+            "compress.yaml:4:9 budget: must name a limit; give latency_ms, latency_ratio, macs_ratio, "
+            "params_ratio or memory_ratio",
+        ),
+        (
+            "budget: {memory_ratio: 1}",
+            "compress.yaml:4:24 budget.memory_ratio: must be less than 1, found 1",
         ),
         ("budget: {latency_ms: 0}", "compress.yaml:4:22 budget.latency_ms: must be more than 0, found 0"),
         (

@@ -318,7 +318,7 @@ class TestBudgeted:
         keep, reached, looks = chosen(found, scores)
         assert reached
         assert looks[-1].fits
-        facts = found.as_dict(looks, looks[-1], 0.0)
+        facts = found.as_dict(keep, looks, looks[-1], 0.0)
         assert facts["asked"] == {"macs_ratio": 0.8, "params_ratio": 0.9}
         latency = facts["latency"]
         assert latency["measured_ratio"] == looks[-1].measured
@@ -335,10 +335,10 @@ class TestBudgeted:
     def test_without_latency_nothing_is_measured(self, tmp_path: Path) -> None:
         found = of("budget: {macs_ratio: 0.5, params_ratio: 0.6}\n", tmp_path, tmp_path)
         assert (found.measure, found.latency, Bench.measured) == (None, None, [])
-        assert found.as_dict((), None, 0.1) == {
-            "asked": {"macs_ratio": 0.5, "params_ratio": 0.6}, "gap": 0.1, "latency": None,
-        }  # fmt: skip
         keep, reached, looks = chosen(found, np.random.default_rng(0).random(map_of().units))
+        assert found.as_dict(keep, (), None, 0.1) == {
+            "asked": {"macs_ratio": 0.5, "params_ratio": 0.6}, "gap": 0.1, "latency": None, "memory": None,
+        }  # fmt: skip
         assert (reached, looks) == (True, ())
         assert found.where.cost.ratio("params", class_counts(map_of(), keep)) <= 0.6
         assert not (tmp_path / budgeting.TABLE).exists()
