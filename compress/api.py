@@ -104,7 +104,8 @@ def prune(
     loss: any callable of (model, batch) that gives a scalar, so that generators and policies can be
     pruned too. evaluate: larger is better; it gets the model in eval mode; needed for
     `max_accuracy_drop`. options: the keys of the config's `prune` section, with the same defaults
-    (macs_ratio=0.5, criterion="taylor", lr=0.001, ...); align is 1 unless given.
+    (macs_ratio=0.5, criterion="taylor", lr=0.001, ...); align is 1 unless given, with a budget
+    the target's.
 
     latency: in place of a ratio, the share of the unpruned latency that is to stay, or the keys of the
     config's `budget` section: {"latency_ms": 2.0, "target": "cpu-ort", "batch": 1}. Networks of other widths
