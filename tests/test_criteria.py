@@ -90,7 +90,9 @@ def test_gates_behind_what_writes_a_unit(name: str) -> None:
     torch.testing.assert_close(found.float(), write_gates(net, cmap), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "shuffle" else name for name in MODELS]
+)
 def test_the_oracle_leaves_units_out_as_the_mask_does(name: str) -> None:
     net, cmap, x, y = prepared(name)
     chosen = np.random.default_rng(0).choice(cmap.units, 6, replace=False)

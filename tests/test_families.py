@@ -170,7 +170,8 @@ def test_auxiliary_heads_are_named_as_unreached() -> None:
 
 
 @pytest.mark.parametrize(("name", "inner", "streams"), [
-    ("resnet34", 7552, 960), ("resnet50", 7552, 3840), ("resnet101", 16256, 3840),
+    ("resnet34", 7552, 960), ("resnet50", 7552, 3840),
+    pytest.param("resnet101", 16256, 3840, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_gates_where_the_paper_places_them(name: str, inner: int, streams: int) -> None:
     """Behind the first two batch norms of every block, and one per channel of each stage's stream: 8,512,

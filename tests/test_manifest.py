@@ -129,6 +129,7 @@ def test_links_do_not_lead_out_of_the_run_folder(run: Path) -> None:
         manifest.verify(run)
 
 
+@pytest.mark.slow
 def test_every_single_flipped_bit_of_the_manifest_is_refused(run: Path) -> None:
     manifest.commit(run, replace(record(run, "prune", "dense.onnx"), versions={"é": "2"}))
     path = run / manifest.MANIFEST_NAME

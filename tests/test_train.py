@@ -569,6 +569,7 @@ print(killed)
 
 
 class TestKilled:
+    @pytest.mark.slow
     def test_by_sigkill_in_a_process_of_its_own(self, tmp_path: Path) -> None:
         """Killed in the middle of epoch 2, then gone on with here."""
         root = Path(__file__).parent
