@@ -37,11 +37,13 @@ STEEPEST = 4.0
 
 @dataclass(frozen=True)
 class Look:
-    """One network that was measured: shares of the unpruned latency. predicted: by the model as fitted."""
+    """One network that was measured: shares of the unpruned latency. predicted: by the model as fitted.
+    on_the_way: before the budgets were met."""
 
     asked: float
     predicted: float
     measured: float
+    on_the_way: bool = False
 
     @property
     def fits(self) -> bool:
@@ -178,7 +180,8 @@ def close(
             return Closed(chosen, known[len(before) :], ends=False)
         if any((chosen.keep == other.keep).all() for _, other in tried):
             break  # the widths allowed have nothing nearer
-        look = Look(aimed_latency(where) / AIM, _latency(where, chosen.keep), measure(chosen.keep))
+        predicted, measured = _latency(where, chosen.keep), measure(chosen.keep)
+        look = Look(aimed_latency(where) / AIM, predicted, measured, on_the_way=not is_last)
         if not is_last:
             early.append(look)
             continue
@@ -218,12 +221,14 @@ def corrected(where: Space, looks: Sequence[Look]) -> Space:
     """With the model of latency that the networks measured say: a power of the fitted one, and a factor.
 
     In logarithms, the line through the last network and the last one before it that differs enough; the first
-    of all is the unpruned one, at 1 by definition.
+    of all is the unpruned one, at 1 by definition. That the model is too fast is taken from a network at the
+    end only: a look on the way that is wrong would take out what does not come back.
     """
     latency = where.cost.latency
-    if not looks or latency is None:
+    telling = [look for look in looks if not look.on_the_way or look.measured < look.predicted]
+    if not telling or latency is None:
         return where
-    *others, (x, y) = [(0.0, 0.0), *((log(look.predicted), log(look.measured)) for look in looks)]
+    *others, (x, y) = [(0.0, 0.0), *((log(look.predicted), log(look.measured)) for look in telling)]
     apart = [(x - u, y - v) for u, v in others if abs(x - u) >= APART]
     power = float(np.clip(apart[-1][1] / apart[-1][0], 1, STEEPEST)) if apart else 1.0
     scale = exp(y - power * x) * where.cost.latency_ms ** (1 - power)

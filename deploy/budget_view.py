@@ -21,7 +21,7 @@ def table(latency: Mapping[str, Any]) -> Table:
         asked, found = number(look.get("asked")), number(look.get("measured"))
         shown = (_ms(look.get(key), whole) for key in ("asked", "predicted", "measured"))
         off = percent(found / asked - 1, 1) if asked and found is not None else ""
-        taken = "taken" if which == last else "on the way"
+        taken = "taken" if which == last else "on the way" if look.get("on_the_way", True) else "tried"
         body.append((count(which), *shown, measured(found, _share), off, taken))
     headers = ("Network", "Asked", "Predicted", "Measured", "Of the original", "Off by", "")
     return Table(headers, "rrrrrrt", tuple(body))
