@@ -26,7 +26,7 @@ WITHIN = 0.03
 AIM = 1 - WITHIN / 2
 """What is aimed at, as a share of the latency asked for."""
 LOOKS = 5
-EARLY = (1 / 4, 5 / 8)
+EARLY = (1 / 4, 5 / 8, 7 / 8)
 """Shares of the way, in logarithms, after which the model is checked before anything is lost."""
 TRIES = 20
 APART = 0.05
