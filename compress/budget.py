@@ -19,7 +19,7 @@ import numpy as np
 
 from compress.cost import CostModel, Resource, class_counts
 from compress.knapsack import Infeasible, choose
-from compress.select import Selection, Space, ascending
+from compress.select import Selection, Space, Target, ascending
 
 WITHIN = 0.03
 """By how much a network may be faster than asked; slower it should not be."""
@@ -29,6 +29,8 @@ LOOKS = 5
 EARLY = (1 / 4, 5 / 8, 7 / 8)
 """Shares of the way, in logarithms, after which the model is checked before anything is lost."""
 TRIES = 20
+NUDGE = 0.005
+"""By how much more or less is aimed at where the model comes back to a network that was tried."""
 APART = 0.05
 """Networks of latencies nearer than this say nothing of how the model's error grows."""
 STEEPEST = 4.0
@@ -171,15 +173,18 @@ def close(
     """
     early: list[Look] = []
     tried: list[tuple[Look, Selection]] = []
-    while len(tried) < LOOKS:
+    beside = 1.0  # of what is aimed at
+    while len(tried) < LOOKS and abs(beside - 1) <= WITHIN:
         known = (*before, *early, *(look for look, _ in tried))
         now = corrected(where, known)
-        chosen = narrow(scores, keep, now, pace)
+        chosen = narrow(scores, keep, _aimed(now, beside), pace)
         is_last = chosen.reached or _is_narrowest(where, chosen)
         if not is_last and (early or tried or not _passes(now, keep, chosen.keep)):
             return Closed(chosen, known[len(before) :], ends=False)
         if any((chosen.keep == other.keep).all() for _, other in tried):
-            break  # the widths allowed have nothing nearer
+            beside += NUDGE if tried[-1][0].measured < aimed_latency(where) else -NUDGE
+            continue
+        beside = 1.0
         predicted, measured = _latency(where, chosen.keep), measure(chosen.keep)
         look = Look(aimed_latency(where) / AIM, predicted, measured, on_the_way=not is_last)
         if not is_last:
@@ -201,6 +206,13 @@ def _passes(where: Space, before: np.ndarray, after: np.ndarray) -> bool:
     """Whether one of the shares of the way is passed where a look is taken; in powers of what is asked."""
     old, new = _latency(where, before), _latency(where, after)
     return any(new <= aimed_latency(where) ** share < old for share in EARLY)
+
+
+def _aimed(where: Space, share: float) -> Space:
+    """With so many times the budget of latency."""
+    moved = (t.ratio * share if t.kind == "latency" else t.ratio for t in where.budgets)
+    budgets = tuple(Target(t.kind, min(ratio, 0.999)) for t, ratio in zip(where.budgets, moved, strict=True))
+    return replace(where, budgets=budgets)
 
 
 def _latency(where: Space, keep: np.ndarray) -> float:
