@@ -150,6 +150,7 @@ class TestLoop:
             "and other budgets have nothing nearer"
         )
 
+    @pytest.mark.slow
     def test_several_budgets_are_all_met(self) -> None:
         targets = (LATENCY, Target("macs", 0.5), Target("params", 0.45))
         done = pruned(*targets)

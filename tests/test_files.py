@@ -228,6 +228,7 @@ for n in itertools.count(int(sys.argv[2])):
 """
 
 
+@pytest.mark.slow
 def test_a_file_is_whole_after_every_sigkill(tmp_path: Path) -> None:
     target, chance = tmp_path / "a.txt", random.Random(0)
     for round_ in range(30):

@@ -171,6 +171,7 @@ def kinds_of(net: nn.Module, path: Path) -> dict[str, str]:
     return kinds(onnx.load(path).graph)
 
 
+@pytest.mark.slow
 def test_a_kind_does_not_depend_on_widths(tmp_path: Path) -> None:
     narrow, wide = (kinds_of(Three(n), tmp_path / "net.onnx") for n in (8, 12))
     assert narrow == wide

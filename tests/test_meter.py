@@ -326,7 +326,7 @@ class TestBudgeted:
         assert latency["asked_ms"] == pytest.approx(0.6 * latency["original_ms"])
         assert latency["looks"][-1] == {
             "asked": pytest.approx(0.6), "predicted": looks[-1].predicted,
-            "measured": looks[-1].measured, "fits": True, "near": True,
+            "measured": looks[-1].measured, "fits": True, "near": True, "on_the_way": False,
         }  # fmt: skip
         json.dumps(facts, allow_nan=False)
         counts = class_counts(map_of(), keep)

@@ -84,6 +84,7 @@ class TestRuns:
         again = start(tmp_path)
         assert {status for _, status, _ in again.stages} == {"cached"}
 
+    @pytest.mark.slow
     def test_stopped_and_gone_on_with_it_ends_with_the_same_bytes(self, tmp_path: Path) -> None:
         for name in ("straight", "stopped"):
             (tmp_path / name).mkdir()

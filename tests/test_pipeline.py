@@ -103,6 +103,7 @@ def test_a_changed_gate_repeats_only_the_report(finished: Path) -> None:
     assert [name for name, status, _ in outcome.stages if status != "cached"] == ["report", "gate"]
 
 
+@pytest.mark.slow
 def test_another_target_stands_in_the_report(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     board = (targets.FOLDER / "cpu-ort.toml").read_text().replace("[1, 32]", "[2]")

@@ -254,6 +254,7 @@ def test_files_that_only_another_target_timed_stand_among_the_precisions() -> No
     ]
 
 
+@pytest.mark.slow
 def test_throughput_stands_apart_from_latency() -> None:
     found = with_targets()
     assert "over several streams" not in report.render(found).html

@@ -118,6 +118,7 @@ def test_its_own_widths_give_the_same_network(
         Grouped,
     ],
 )
+@pytest.mark.slow
 def test_where_it_is_not_sure_it_writes_nothing(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     """Padded shortcuts, weights that the exporter transposed, groups that may have left in two ways."""
     wide, narrow = cut_by(build, 1)
