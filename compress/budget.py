@@ -5,8 +5,8 @@ Each step is a knapsack (`knapsack.py`): of every class one of the widths that t
 importance kept, every cost within its budget. Costs are sums of products of widths, so what a width saves
 depends on the others; it is taken as if they stayed, which a step of 2 % forgives, and the last step is
 repeated until the costs of the network itself are met. A peak of memory is one cost for each op that may be
-it. Then that network is measured, and where the model of
-its latency was wrong, the choice is made again with the model corrected.
+it. Then that network is measured, and where the model of its latency was wrong, the choice is made again with
+the model corrected.
 """
 
 from __future__ import annotations

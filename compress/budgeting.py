@@ -168,13 +168,19 @@ def measured(
     run: Path | None,
     folder: Path,
     progress: Note,
+    elsewhere: Table | None = None,
 ) -> tuple[Meter, LatencyModel]:
     """The latency model of a network, from the run's own table, the shared one, or measured now.
 
-    config: aimed; place: the budget's or another.
+    config: aimed; place: the budget's or another. elsewhere: what `brought` found, from which all is read.
     """
     from deploy import latency_table, targets
 
+    block = targets.resolve_align(place.target)
+    if elsewhere is not None:
+        path = _Shared.of(config, place, folder, elsewhere.setting).path
+        meter = Meter(net, cmap, levels, example, place, path, block=block, table=elsewhere)
+        return meter, meter.fitted()
     setting = setting_of(place)
     shared = _Shared.of(config, place, folder, setting)
     path = shared.path if run is None else run / TABLE
@@ -183,7 +189,6 @@ def measured(
         if run is not None:
             _begin(path, known, setting)
     distributed.barrier()
-    block = targets.resolve_align(place.target)
     meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress)
     if distributed.is_main():
         meter.calibrated()
@@ -207,32 +212,6 @@ def brought(config: Config, place: aim.Place, folder: Path) -> Table | None:
     found, here = latency_table.read(path), setting_of(place)
     moved = replace(here, hardware=found.setting.hardware, version=found.setting.version)
     return found if found.setting == moved != here else None
-
-
-def looked_up(
-    config: Config,
-    place: aim.Place,
-    net: GraphNet,
-    cmap: ChannelMap,
-    levels: tuple[np.ndarray, ...],
-    example: tuple[Tensor, ...],
-    *,
-    folder: Path,
-    progress: Note,
-    warn: Callable[[str], None],
-) -> tuple[Meter, LatencyModel]:
-    """`measured`, for looking only: a table that was brought from another machine is taken as it is."""
-    from deploy import targets
-
-    table = brought(config, place, folder)
-    if table is None:
-        return measured(config, place, net, cmap, levels, example, run=None, folder=folder, progress=progress)
-    assert config.budget is not None
-    path = folder / str(config.budget.table)
-    warn(f"{path.name} was measured on {table.setting.hardware}; nothing is measured here")
-    block = targets.resolve_align(place.target)
-    meter = Meter(net, cmap, levels, example, place, path, block=block, table=table)
-    return meter, meter.fitted()
 
 
 def _begin(path: Path, shared: Table, setting: Setting) -> None:

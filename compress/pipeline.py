@@ -221,12 +221,15 @@ def front(config: Config, folder: Path, target: str, *, events: Events) -> dict[
     """
     config = aim.aimed(config)
     at = aim.place(config, target)
-    elsewhere = brought(config, at, folder) is not None
-    aim.check_place(at, "--target", here=not elsewhere, when="there", do="look")
+    elsewhere = brought(config, at, folder)
+    aim.check_place(at, "--target", here=elsewhere is None, when="there", do="look")
+    if elsewhere is not None and config.budget is not None:
+        name = Path(str(config.budget.table)).name
+        events.warn(f"{name} was measured on {elsewhere.setting.hardware}; nothing is measured here")
     work = Work(config, folder, folder / config.out, events, lambda: False)
     if config.data.name == NO_DATA:
-        return preview.front_of_weights(work, target)
-    return preview.front(work, _trained(work), target)
+        return preview.front_of_weights(work, target, elsewhere)
+    return preview.front(work, _trained(work), target, elsewhere)
 
 
 def _results(place: Path, done: tuple[tuple[str, str, float], ...]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
 from compress import aim
-from compress.budgeting import budgeted, chosen, looked_up
+from compress.budgeting import budgeted, chosen, measured
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
@@ -31,6 +31,9 @@ from compress.study import study as criteria_study
 from compress.surgery import cut
 from compress.task import Evaluation, Task, check, device_of, move
 from compress.trace import GraphNet, Traced
+
+if TYPE_CHECKING:
+    from deploy.latency_table import Table
 
 DOUBTFUL = 0.15
 """An error of a latency model that its user is warned of."""
@@ -103,35 +106,43 @@ def _progress(work: Work) -> Note:
     return lambda done, total, text: work.events.progress("latency", done, total, text)
 
 
-def front(work: Work, traced: Traced | None, target: str) -> dict[str, Any]:
+def front(work: Work, traced: Traced | None, target: str, elsewhere: Table | None = None) -> dict[str, Any]:
     """Kept importance against latency, and what each class of units costs, on a target: "" for the config's.
 
-    traced: the model if it is there already. What the table of latencies lacks is measured.
+    traced: the model if it is there already. What the table of latencies lacks is measured; elsewhere: one of
+    another machine, to which nothing is added.
     """
     with work.around() if traced else work.inside(work.built.whole):
         traced, cmap = _checked(work, traced or work.built.traced)
         scores = _scores(traced.net, cmap, work.task, work.config, work.events)
-        return _front(work, traced, cmap, scores, target)
+        return _front(work, traced, cmap, scores, target, elsewhere)
 
 
-def front_of_weights(work: Work, target: str) -> dict[str, Any]:
+def front_of_weights(work: Work, target: str, elsewhere: Table | None = None) -> dict[str, Any]:
     """`front` by weight magnitude, of a model without data."""
     config = work.config
     traced = build(config.model, work.folder, config.seed).traced
     traced, cmap = labelled(traced, kept_names(traced.net, config.model, config.prune.keep), config.prune)
-    return _front(work, traced, cmap, magnitude(traced.net, cmap), target)
+    return _front(work, traced, cmap, magnitude(traced.net, cmap), target, elsewhere)
 
 
-def _front(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray, target: str) -> dict[str, Any]:
+def _front(
+    work: Work,
+    traced: Traced,
+    cmap: ChannelMap,
+    scores: np.ndarray,
+    target: str,
+    elsewhere: Table | None,
+) -> dict[str, Any]:
     from deploy import targets
 
     config = work.config
     at = aim.place(config, target)
     levels = levels_of(cmap, aim.align(config, at), config.prune.min_keep)
     good = levels_of(cmap, targets.resolve_align(at.target), config.prune.min_keep)
-    meter, latency = looked_up(
-        config, at, traced.net, cmap, levels, traced.example, folder=work.folder,
-        progress=_progress(work), warn=work.events.warn,
+    meter, latency = measured(
+        config, at, traced.net, cmap, levels, traced.example, run=None, folder=work.folder,
+        progress=_progress(work), elsewhere=elsewhere,
     )  # fmt: skip
     if (latency.known_error or 0.0) > DOUBTFUL:
         far = f"{latency.known_error:.0%} off at networks that it has not seen"
