@@ -37,6 +37,11 @@ STEEPEST = 4.0
 """Limit to the power that corrects a model. The least is 1: what leaves too early does not come back."""
 
 
+Measure = Callable[[np.ndarray, float], float]
+"""The share of the unpruned latency that the network of keep, bool (units,), really has; given what is
+expected, so that a surprise can be measured again."""
+
+
 @dataclass(frozen=True)
 class Look:
     """One network that was measured: shares of the unpruned latency. predicted: by the model as fitted.
@@ -162,14 +167,13 @@ def close(
     keep: np.ndarray,
     where: Space,
     pace: float,
-    measure: Callable[[np.ndarray], float],
+    measure: Measure,
     before: Sequence[Look] = (),
 ) -> Closed:
     """`narrow`, and where that ends the pruning, until the network that it ends with is as fast as asked.
 
     What has left does not come back, so a model that is too slow by much has to be found out before: there is
-    a look on the way too, at some shares of it (EARLY). measure: the share of the unpruned latency that the
-    network of `keep` really has. before: the looks of earlier steps.
+    a look on the way too, at some shares of it (EARLY). before: the looks of earlier steps.
     """
     early: list[Look] = []
     tried: list[tuple[Look, Selection]] = []
@@ -185,7 +189,8 @@ def close(
             beside += NUDGE if tried[-1][0].measured < aimed_latency(where) else -NUDGE
             continue
         beside = 1.0
-        predicted, measured = _latency(where, chosen.keep), measure(chosen.keep)
+        measured = measure(chosen.keep, _latency(now, chosen.keep))
+        predicted = _latency(where, chosen.keep)
         look = Look(aimed_latency(where) / AIM, predicted, measured, on_the_way=not is_last)
         if not is_last:
             early.append(look)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from compress import aim, distributed, files
-from compress.budget import AIM, WITHIN, Look, aimed_latency, close, narrow
+from compress.budget import AIM, WITHIN, Look, Measure, aimed_latency, close, narrow
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model
@@ -42,14 +41,14 @@ class Budgeted:
     meter: Meter | None = None
 
     @property
-    def measure(self) -> Callable[[np.ndarray], float] | None:
-        """The share of the unpruned latency that a network really has, the same in all processes."""
+    def measure(self) -> Measure | None:
+        """On the target; the same in all processes."""
         meter = self.meter
         if meter is None:
             return None
 
-        def look(keep: np.ndarray) -> float:
-            ratio = meter.ratio(keep) if distributed.is_main() else 0.0
+        def look(keep: np.ndarray, expected: float) -> float:
+            ratio = meter.ratio(keep, expected) if distributed.is_main() else 0.0
             return float(distributed.from_main(np.array(ratio)))
 
         return look
@@ -92,8 +91,8 @@ class Budgeted:
             return None
         full, counts = self.where.cost.full, class_counts(self.where.cmap, keep)
         return {
-            "before": round(known.peak(full)),
-            "after": round(known.peak(counts)),
+            "before": round(known.total(full)),
+            "after": round(known.total(counts)),
             "op_before": known.peak_op(full),
             "op_after": known.peak_op(counts),
         }

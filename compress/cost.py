@@ -65,16 +65,16 @@ def in_blocks(widths: np.ndarray, block: int) -> np.ndarray:
 class Resource:
     """A cost as a share of that of the whole network."""
 
-    products: Products
+    cost: Products | Points
     whole: float
 
     def ratio(self, counts: np.ndarray) -> float:
         """The share that is left at class counts (classes,)."""
-        return self.products.total(counts) / self.whole
+        return self.cost.total(counts) / self.whole
 
     def ratios(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
         """`ratio` after narrowing one class at a time by `by` (..., classes); shape (..., classes)."""
-        return self.products.narrowed(counts, by) / self.whole
+        return self.cost.narrowed(counts, by) / self.whole
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,10 @@ class CostModel:
 
     def ratio(self, kind: str, counts: np.ndarray) -> float:
         """Share that is left of `macs`, `params`, `units`, `latency` or (peak) `memory` at class counts."""
-        if kind == "memory":
-            return self._memory.peak(counts) / self._memory.peak(self.full)
         return self._of(kind).ratio(counts)
 
     def ratios(self, kind: str, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
         """`ratio` after narrowing one class at a time by `by`; shape (classes,)."""
-        if kind == "memory":
-            return self._memory.narrowed(counts, by) / self._memory.peak(self.full)
         return self._of(kind).ratios(counts, by)
 
     def resources(self, kind: str, goal: float, low: np.ndarray, high: np.ndarray) -> list[Resource]:
@@ -107,20 +103,15 @@ class CostModel:
 
         Memory is one resource for each op that may be the peak, all else is one.
         """
-        if kind != "memory":
-            return [self._of(kind)]
-        whole = self._memory.peak(self.full)
-        some = self._memory.highest(low, high, goal * whole)
+        share = self._of(kind)
+        if not isinstance(share.cost, Points):
+            return [share]
+        some = share.cost.highest(low, high, goal * share.whole)
         one = np.ones(1)
         return [
-            Resource(Products(one, base.reshape(1, 1), weight.reshape(1, 1, -1)), whole)
+            Resource(Products(one, base.reshape(1, 1), weight.reshape(1, 1, -1)), share.whole)
             for base, weight in zip(some.base, some.weight, strict=True)
         ]
-
-    @property
-    def _memory(self) -> Points:
-        assert self.memory is not None
-        return self.memory
 
     def _of(self, kind: str) -> Resource:
         if kind == "units":
@@ -129,8 +120,9 @@ class CostModel:
         if kind == "latency":
             assert self.latency is not None
             return Resource(self.latency, self.latency_ms)
-        products = {"macs": self.macs, "params": self.params}[kind]
-        return Resource(products, max(products.total(self.full), 1.0))
+        cost = {"macs": self.macs, "params": self.params, "memory": self.memory}[kind]
+        assert cost is not None
+        return Resource(cost, max(cost.total(self.full), 1.0))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from compress import checkpoint as disk
 from compress import distributed, seeds, shares
-from compress.budget import Look, close, corrected, narrow
+from compress.budget import Look, Measure, close, corrected, narrow
 from compress.channelmap import ChannelMap
 from compress.cost import class_counts
 from compress.errors import Interrupted
@@ -123,14 +123,14 @@ def prune(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Step, float], None] = lambda step, target: None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    measure: Callable[[np.ndarray], float] | None = None,
+    measure: Measure | None = None,
 ) -> Pruned:
     """Prune `net` (trained in place) down to the target of `where`.
 
     A run that finds its own state in the folder `checkpoint` goes on from it and ends with the same
     weights as one that was never stopped. progress gets each step and the target ratio. Of several processes
-    the first writes and reports; all end with the same network. measure: with a budget of latency, the share
-    of the unpruned latency that the network of keep (units,) really has; asked before the last removal.
+    the first writes and reports; all end with the same network. measure: with a budget of latency; asked on
+    the way and before the last removal.
 
     Raises Interrupted when `should_stop` says so between two removals; DivergedError when the loss is
     not finite (the last good state stays in `checkpoint`).
@@ -170,7 +170,7 @@ class _Run:
         seed: int,
         device: torch.device,
         folder: Path | None,
-        measure: Callable[[np.ndarray], float] | None,
+        measure: Measure | None,
     ) -> None:
         self.measure = measure
         self.net, self.cmap, self.where, self.task, self.config = net, cmap, where, task, config

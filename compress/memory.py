@@ -44,8 +44,8 @@ class Points:
         value: np.ndarray = self.base + self.weight @ counts
         return value
 
-    def peak(self, counts: np.ndarray) -> float:
-        """Bytes at the highest point."""
+    def total(self, counts: np.ndarray) -> float:
+        """The peak: bytes at the highest point, at class counts (classes,)."""
         return float(self.at(counts).max())
 
     def peak_op(self, counts: np.ndarray) -> str:
@@ -53,8 +53,8 @@ class Points:
         return self.ops[int(self.at(counts).argmax())]
 
     def narrowed(self, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
-        """The peak after narrowing one class at a time by `by` (classes,); shape (classes,)."""
-        value: np.ndarray = (self.at(counts)[:, None] - self.weight * by).max(axis=0)
+        """The peak after narrowing one class at a time by `by` (..., classes); shape (..., classes)."""
+        value: np.ndarray = (self.at(counts)[:, None] - self.weight * by[..., None, :]).max(axis=-2)
         return value
 
     def highest(self, low: np.ndarray, high: np.ndarray, limit: float = 0.0) -> Points:

@@ -135,11 +135,11 @@ class TestTruth:
     def test_what_is_predicted_lives_at_once(self, name: str) -> None:
         traced, cmap, found = traced_map(name)
         assert cmap.units
-        assert found.peak(np.bincount(cmap.classes)) == lived(traced.net, traced.example)
+        assert found.total(np.bincount(cmap.classes)) == lived(traced.net, traced.example)
         for seed in range(3):
             keep = wide_keep(cmap, seed)
             dense = cut_at(traced, cmap, keep).dense
-            assert found.peak(class_counts(cmap, keep)) == lived(dense, traced.example)
+            assert found.total(class_counts(cmap, keep)) == lived(dense, traced.example)
 
     @pytest.mark.parametrize("seed", range(6))
     def test_random_networks_and_gates(self, seed: int) -> None:
@@ -151,7 +151,7 @@ class TestTruth:
             found = points(traced.net, cmap, traced.example)
             keep = wide_keep(cmap, seed)
             dense = cut_at(traced, cmap, keep).dense
-            assert found.peak(class_counts(cmap, keep)) == lived(dense, traced.example)
+            assert found.total(class_counts(cmap, keep)) == lived(dense, traced.example)
 
     def test_by_hand(self) -> None:
         traced = trace(Mlp((4, 8, 6, 3), nn.ReLU), (torch.randn(2, 4),))
@@ -160,7 +160,7 @@ class TestTruth:
         for a, b in ((8, 6), (3, 6), (1, 1)):
             counts = np.array([a, b])
             # the first layer beside its input, beside its activation, and so on
-            assert found.peak(counts) == 4 * max(4 + a, a + a, a + b, b + b, b + 3)
+            assert found.total(counts) == 4 * max(4 + a, a + a, a + b, b + b, b + 3)
         assert found.peak_op(np.array([8, 6])) == "act relu"
         assert found.peak_op(np.array([1, 6])) == "act relu"
         assert found.peak_op(np.array([1, 1])) == "layers.0 linear"
@@ -176,7 +176,7 @@ class TestTruth:
 
         traced = trace(Reused(), (torch.randn(2, 4),))
         cmap = channel_map(traced)
-        assert points(traced.net, cmap, traced.example).peak(np.bincount(cmap.classes)) == 4 * (4 + 8)
+        assert points(traced.net, cmap, traced.example).total(np.bincount(cmap.classes)) == 4 * (4 + 8)
 
     def test_units_that_take_different_amounts_are_never_too_few(self) -> None:
         class Uneven(nn.Module):
@@ -191,12 +191,12 @@ class TestTruth:
         traced = trace(randomise(Uneven()), images(size=4))
         cmap = channel_map(traced)
         found = points(traced.net, cmap, traced.example)
-        assert found.peak(np.bincount(cmap.classes)) == lived(traced.net, traced.example)
+        assert found.total(np.bincount(cmap.classes)) == lived(traced.net, traced.example)
         for seed in range(4):
             keep = random_keep(cmap, seed)
             keep[:4] = True
             true = lived(cut_at(traced, cmap, keep).dense, traced.example)
-            assert found.peak(class_counts(cmap, keep)) >= true
+            assert found.total(class_counts(cmap, keep)) >= true
 
     def test_a_network_in_train_mode_is_looked_at_in_eval_mode(self) -> None:
         traced, cmap, found = traced_map("dropout")
@@ -232,14 +232,14 @@ class TestNarrow:
         where = budgets_of(name, Target("memory", ratio))
         found = traced_map(name)[2]
         counts, reached = to_the_end(where, 0.1)
-        limit = ratio * found.peak(where.cost.full)
+        limit = ratio * found.total(where.cost.full)
         assert reached
         assert (found.at(counts) <= limit * (1 + 1e-9)).all()
         assert all(n in own for n, own in zip(counts, where.levels, strict=True))
         once, _ = to_the_end(where, 1.0)
         wider = [once + (np.arange(len(once)) == g) for g in np.flatnonzero(once < where.cost.full)]
         assert wider
-        assert all(found.peak(more) > limit for more in wider)  # nothing is left that a unit could use
+        assert all(found.total(more) > limit for more in wider)  # nothing is left that a unit could use
 
     @pytest.mark.parametrize("name", ["resnet", "densenet"])
     def test_with_macs_and_latency(self, name: str) -> None:
@@ -267,15 +267,15 @@ class TestNarrow:
     def test_few_points_say_what_all_do(self, name: str) -> None:
         where, found = budgets_of(name, Target("memory", 0.5)), traced_map(name)[2]
         low, high = where.narrowest, where.cost.full
-        limit = 0.5 * found.peak(high)
+        limit = 0.5 * found.total(high)
         some = found.highest(low, high, limit)
         assert len(some.ops) <= len(found.ops)
         draw = np.random.default_rng(0)
         for _ in range(50):
             counts = draw.integers(low, high + 1)
-            assert max(some.peak(counts), limit) == pytest.approx(max(found.peak(counts), limit))
+            assert max(some.total(counts), limit) == pytest.approx(max(found.total(counts), limit))
             by = draw.integers(0, counts + 1)
-            each = [found.peak(counts - by * (np.arange(len(by)) == g)) for g in range(len(by))]
+            each = [found.total(counts - by * (np.arange(len(by)) == g)) for g in range(len(by))]
             np.testing.assert_allclose(found.narrowed(counts, by), each)
 
 
