@@ -37,9 +37,8 @@ STEEPEST = 4.0
 """Limit to the power that corrects a model. The least is 1: what leaves too early does not come back."""
 
 
-Measure = Callable[[np.ndarray, float], float]
-"""The share of the unpruned latency that the network of keep, bool (units,), really has; given what is
-expected, so that a surprise can be measured again."""
+Measure = Callable[[np.ndarray], float]
+"""The share of the unpruned latency that the network of keep, bool (units,), really has."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,7 @@ def close(
             beside += NUDGE if tried[-1][0].measured < aimed_latency(where) else -NUDGE
             continue
         beside = 1.0
-        measured = measure(chosen.keep, _latency(now, chosen.keep))
-        predicted = _latency(where, chosen.keep)
+        predicted, measured = _latency(where, chosen.keep), measure(chosen.keep)
         look = Look(aimed_latency(where) / AIM, predicted, measured, on_the_way=not is_last)
         if not is_last:
             early.append(look)

@@ -47,8 +47,8 @@ class Budgeted:
         if meter is None:
             return None
 
-        def look(keep: np.ndarray, expected: float) -> float:
-            ratio = meter.ratio(keep, expected) if distributed.is_main() else 0.0
+        def look(keep: np.ndarray) -> float:
+            ratio = meter.ratio(keep) if distributed.is_main() else 0.0
             return float(distributed.from_main(np.array(ratio)))
 
         return look

@@ -186,18 +186,15 @@ class Board:
     ) -> None:
         self.where, self.factor, self.power, self.asked = where, factor, power, 0
         self.between = between
-        self.expected: list[tuple[float, float]] = []  # and what was found
 
-    def __call__(self, keep: np.ndarray, expected: float = 1.0) -> float:
+    def __call__(self, keep: np.ndarray) -> float:
         self.asked += 1
         counts = class_counts(self.where.cmap, keep)
         if (counts == self.where.cost.full).all():
             return 1.0
         found = float(self.where.cost.ratio("latency", counts) ** self.power)
         low, high = self.between
-        found *= self.factor if low <= found <= high else 1.0
-        self.expected.append((expected, found))
-        return found
+        return found * self.factor if low <= found <= high else found
 
 
 def closed(where: Space, board: Board, pace: float, seed: int = 0) -> tuple[list[Closed], np.ndarray]:
@@ -270,14 +267,6 @@ class TestClose:
         assert board.asked == len(EARLY) + 1
         assert sum(len(one.looks) for one in found) == board.asked
         assert all(look.measured == pytest.approx(look.predicted) for one in found for look in one.looks)
-
-    def test_what_is_expected_is_by_the_model_corrected_so_far(self) -> None:
-        where = space_of(mlp_map(), Target("latency", 0.6 * AIM))
-        board = Board(where, power=1.2)
-        closed(where, board, 0.02)
-        said, found = np.array(board.expected).T
-        assert abs(said[0] / found[0] - 1) > 0.01
-        np.testing.assert_allclose(said[1:], found[1:], rtol=1e-6)
 
     def test_coarse_widths_end_with_the_nearest(self) -> None:
         where = space_of(cifar_map(), Target("latency", 0.6 * AIM), align=8)
