@@ -89,8 +89,8 @@ def _train(net: nn.Module, name: str) -> None:
     note(f"{name}: {EPOCHS} epochs, validation {done.best:.4f}")
 
 
-def task(batch: int, **limits: Any) -> Any:
-    """CIFAR-10 with flips and crops for training."""
+def task(batch: int, seed: int = 0, **limits: Any) -> Any:
+    """CIFAR-10 with flips and crops for training; seed: of their order and of what is flipped and cropped."""
     from benchmarks import cifar10
     from compress.config import DataConfig, ModelConfig
     from compress.task import build_task
@@ -99,4 +99,6 @@ def task(batch: int, **limits: Any) -> Any:
         name="benchmarks.cifar10:splits", mean=list(cifar10.MEAN), std=list(cifar10.STD),
         augment="flip_crop", batch_size=batch, validation=0.05, **limits,
     )  # fmt: skip
-    return build_task(data, ModelConfig(name="benchmarks.cifar_nets:vgg", input_shape=[3, 32, 32]), 0, Path())
+    return build_task(
+        data, ModelConfig(name="benchmarks.cifar_nets:vgg", input_shape=[3, 32, 32]), seed, Path()
+    )

@@ -114,8 +114,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = known_rows("recipe_ablation")
-    task = cifar_nets.task(64)
     for seed in range(options.seeds):
+        task = cifar_nets.task(64, seed)
         start: Any = None
         plans = [("pruning", name, PLAIN) for name in PRUNINGS]
         plans += [("recipe", name, own) for name, own in fine_tunings().items()]

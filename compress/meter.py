@@ -31,13 +31,10 @@ from compress.trace import GraphNet
 if TYPE_CHECKING:
     from deploy.latency_table import Entry, Row, Setting, Table
     from deploy.profile import Profile
+    from deploy.quiet import Quiet
 
 NETWORKS = 8
 """Pruned networks that a model is fitted to."""
-QUIET = 0.03
-"""The unpruned network is timed beside each other one; where it is slower than before by more, the machine
-does something else too, and both are timed again after the next of these pauses, in seconds."""
-PAUSES = (0, 2, 4, 8, 16)
 NARROWEST = 0.2
 REPEATS, SECONDS = 10, 1.0
 RUNS, TRIES = 20, 3
@@ -90,7 +87,6 @@ class Meter:
         self.widths: Widths = widths_of(cmap)
         self.full = class_counts(cmap, np.ones(cmap.units, dtype=bool))
         self._scratch = tempfile.TemporaryDirectory()
-        self._fastest_ms: float | None = None  # the unpruned network; None: as the table has it
         self._resizes: bool | None = None  # whether a narrower network's file is this one's at other widths
 
     def calibrated(self) -> LatencyModel:
@@ -135,30 +131,19 @@ class Meter:
             artifacts = {"original": self._original}
             if not np.array_equal(counts, self.full):
                 artifacts["pruned"] = self._artifact(self._cut(counts, keep), Path(folder))
-            ms = self._undisturbed(artifacts)
+            ms = self._quiet(lambda: self.bench.latencies(artifacts))
             name = list(artifacts)[-1]
             profile = self.bench.profile(artifacts[name])
             rows = self._rows(profile, self.bench.kinds(artifacts[name]), counts, ms[name])
         outside = ms[name] * (1 - profile.layers_ms / _run_ms(profile, ms[name]))
         return Entry(self.model, tuple(counts.tolist()), ms[name], ms["original"], outside, rows)
 
-    def _undisturbed(self, artifacts: Mapping[str, _Artifact]) -> dict[str, float]:
-        """Milliseconds by name, timed while the unpruned network is as fast as it was before.
+    @cached_property
+    def _quiet(self) -> Quiet:
+        from deploy.quiet import Quiet
 
-        What else runs on a machine slows large and small networks by other factors, sometimes for minutes.
-        Where waiting does not help, the machine is taken to be as fast as it is now.
-        """
         known = [e.original_ms for e in (*self.table.entries, *self.table.looks) if e.model == self.model]
-        fastest = min(known, default=float("inf")) if self._fastest_ms is None else self._fastest_ms
-        found = []
-        for seconds in PAUSES:
-            time.sleep(seconds)
-            found.append(self.bench.latencies(artifacts))
-            if found[-1]["original"] <= fastest * (1 + QUIET):
-                break
-        best = min(found, key=lambda ms: ms["original"])
-        self._fastest_ms = best["original"] if len(found) == len(PAUSES) else min(fastest, best["original"])
-        return best
+        return Quiet("original", min(known, default=float("inf")))
 
     @cached_property
     def _original(self) -> _Artifact:
