@@ -8,12 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import Mlp, SmallNet, images, randomise
+from helpers import Mlp, SmallNet, images, randomise, small_cifar
 from torch import Tensor, nn
 
 from compress.channelmap import ChannelMap, channel_map
 from compress.errors import ModelError
-from compress.importance import Taylor, magnitude, random, read_gates, scored, write_gates
+from compress.importance import (
+    Taylor,
+    magnitude,
+    random,
+    read_gates,
+    relative_magnitude,
+    scored,
+    write_gates,
+)
+from compress.surgery import mask
 from compress.trace import trace
 
 WIDTH = 6
@@ -245,6 +254,26 @@ def test_magnitude_is_the_norm_of_the_rows_that_write_a_unit() -> None:
     rows = [traced.net.get_parameter(f"conv{i}.weight").flatten(1) for i in (1, 2)]
     expected = torch.cat(rows, 1).norm(dim=1)
     assert np.allclose(magnitude(traced.net, channel_map(traced)), expected.detach().numpy(), rtol=1e-6)
+
+
+def test_relative_magnitude_compares_units_with_what_is_left_of_their_class() -> None:
+    traced = trace(randomise(small_cifar()), images(size=8))
+    net, cmap = traced.net, channel_map(traced)
+    norms, before = magnitude(net, cmap), relative_magnitude(net, cmap)
+    for own in cmap.members():
+        assert before[own].mean() == pytest.approx(1)
+        assert np.array_equal(np.argsort(before[own]), np.argsort(norms[own]))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= 3.0
+    assert np.allclose(relative_magnitude(net, cmap), before)
+    keep = np.random.default_rng(0).random(cmap.units) > 0.5
+    keep[cmap.members()[0]] = False
+    mask(net, cmap, keep)
+    after = relative_magnitude(net, cmap)
+    assert (after[~keep] == 0).all()
+    for own in cmap.members()[1:]:
+        assert after[own[keep[own]]].mean() == pytest.approx(1)
 
 
 def test_random_scores_depend_on_the_seed_alone() -> None:
