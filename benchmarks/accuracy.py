@@ -31,6 +31,7 @@ OURS: dict[str, dict[str, Any]] = {
     "taylor, rank importance": {"rank": "importance"},
     "logits, rank importance": {"criterion": "logits", "rank": "importance"},
     "magnitude": {"criterion": "magnitude"},
+    "magnitude, rank importance": {"criterion": "magnitude", "rank": "importance"},
     "random": {"criterion": "random"},
 }
 PEER = ("taylor", "magnitude")

@@ -177,12 +177,10 @@ def magnitude(net: nn.Module, cmap: ChannelMap, norm: Literal[1, 2] = 2) -> np.n
 
 
 def relative_magnitude(net: nn.Module, cmap: ChannelMap) -> np.ndarray:
-    """`magnitude` over the mean of what is left of the unit's class, which `criterion: magnitude` prunes by:
-    weights alone do not say which of two layers can spare more."""
+    """`magnitude` over the mean of the unit's class, which `criterion: magnitude` prunes by: weights alone do not
+    say which of two layers can spare more."""
     norms = magnitude(net, cmap)
-    classes = int(cmap.classes.max(initial=-1)) + 1
-    total, left = (np.bincount(cmap.classes, own, classes) for own in (norms, norms > 0))
-    mean = total / np.maximum(left, 1)
+    mean = np.bincount(cmap.classes, norms) / np.bincount(cmap.classes)
     found: np.ndarray = norms / np.where(mean > 0, mean, 1)[cmap.classes]
     return found
 
