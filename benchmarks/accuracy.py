@@ -31,7 +31,6 @@ OURS: dict[str, dict[str, Any]] = {
     "taylor, rank importance": {"rank": "importance"},
     "logits, rank importance": {"criterion": "logits", "rank": "importance"},
     "magnitude": {"criterion": "magnitude"},
-    "magnitude, rank importance": {"criterion": "magnitude", "rank": "importance"},
     "random": {"criterion": "random"},
 }
 PEER = ("taylor", "magnitude")

@@ -166,23 +166,32 @@ class Taylor(Average):
 def magnitude(net: nn.Module, cmap: ChannelMap, norm: Literal[1, 2] = 2) -> np.ndarray:
     """L2 or L1 norm of the rows that write a unit, all members together (Li et al., ICLR 2017)."""
     found = unit_zeros(net, cmap)
-    for writer in cmap.writers:
-        name, dim = writer.weight
-        units = cmap.axes.get((name, dim))
-        if units is not None:
-            weight = get_tensor(net, name).detach()
-            add_by_unit(found, slice_sums(weight, weight if norm == 2 else weight.sign(), dim), units)
+    for weight, dim, units in _rows(net, cmap):
+        add_by_unit(found, slice_sums(weight, weight if norm == 2 else weight.sign(), dim), units)
     norms = found[:-1].sqrt() if norm == 2 else found[:-1]
     return norms.cpu().numpy().astype(np.float64)
 
 
-def relative_magnitude(net: nn.Module, cmap: ChannelMap) -> np.ndarray:
-    """`magnitude` over the mean of the unit's class, which `criterion: magnitude` prunes by: weights alone do not
-    say which of two layers can spare more."""
-    norms = magnitude(net, cmap)
-    mean = np.bincount(cmap.classes, norms) / np.bincount(cmap.classes)
-    found: np.ndarray = norms / np.where(mean > 0, mean, 1)[cmap.classes]
-    return found
+def magnitude_share(net: nn.Module, cmap: ChannelMap) -> np.ndarray:
+    """The share of a layer's squared L2 norm in the rows that write a unit, summed over the layers.
+
+    Norms are not comparable between layers, and a layer of few channels loses more with one of them; a unit
+    that several layers write is worth something to each.
+    """
+    found = unit_zeros(net, cmap)
+    for weight, dim, units in _rows(net, cmap):
+        squares = slice_sums(weight, weight, dim)
+        add_by_unit(found, squares / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny), units)
+    return found[:-1].cpu().numpy().astype(np.float64)
+
+
+def _rows(net: nn.Module, cmap: ChannelMap) -> Iterator[tuple[Tensor, int, np.ndarray]]:
+    """The weights that write units: tensor, the dimension of its rows, their units."""
+    for writer in cmap.writers:
+        name, dim = writer.weight
+        units = cmap.axes.get((name, dim))
+        if units is not None:
+            yield get_tensor(net, name).detach(), dim, units
 
 
 def random(cmap: ChannelMap, seed: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError, did_you_mean
 from compress.folding import folded
 from compress.gates import with_gates
-from compress.importance import relative_magnitude
+from compress.importance import magnitude_share
 from compress.labels import Granularity, short_name
 from compress.models import build_model, is_program
 from compress.parts import Whole, arguments, trace_parts
@@ -264,7 +264,7 @@ def _ratio(traced: Traced, cmap: ChannelMap, ratio: float) -> dict[str, Any]:
             "units": None,
             "why": error.what,
         }
-    chosen = remove(relative_magnitude(traced.net, cmap), np.ones(cmap.units, dtype=bool), where)
+    chosen = remove(magnitude_share(traced.net, cmap), np.ones(cmap.units, dtype=bool), where)
     counts = class_counts(cmap, chosen.keep)
     left = {"params_ratio": model.ratio("params", counts), "units": int(chosen.keep.sum()), "why": ""}
     return {"macs_ratio": ratio, "reachable": True, **left}

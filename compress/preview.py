@@ -17,7 +17,7 @@ from compress.config import Config
 from compress.cost import class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
 from compress.front import Outlook
-from compress.importance import relative_magnitude, scored
+from compress.importance import magnitude_share, scored
 from compress.inspection import build, choices, kept_names, labelled, pinned_rows
 from compress.latency import LatencyModel
 from compress.meter import Note
@@ -123,7 +123,7 @@ def front_of_weights(work: Work, target: str, elsewhere: Table | None = None) ->
     config = work.config
     traced = build(config.model, work.folder, config.seed).traced
     traced, cmap = labelled(traced, kept_names(traced.net, config.model, config.prune.keep), config.prune)
-    return _front(work, traced, cmap, relative_magnitude(traced.net, cmap), target, elsewhere)
+    return _front(work, traced, cmap, magnitude_share(traced.net, cmap), target, elsewhere)
 
 
 def _front(

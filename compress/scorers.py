@@ -12,7 +12,7 @@ from compress.channelmap import ChannelMap
 from compress.criteria import logit_shifts, loss_changes
 from compress.errors import ConfigError
 from compress.gated import Gated
-from compress.importance import Average, Side, Taylor, random, relative_magnitude
+from compress.importance import Average, Side, Taylor, magnitude_share, random
 from compress.shares import Share
 from compress.task import CrossEntropy, Task
 from compress.trace import GraphNet, eval_mode
@@ -72,7 +72,7 @@ def scorer(config: PruneConfig, net: GraphNet, cmap: ChannelMap, task: Task, *, 
     """
     name = config.criterion
     if name == "magnitude":
-        return _OfWeights(lambda: relative_magnitude(net, cmap))
+        return _OfWeights(lambda: magnitude_share(net, cmap))
     if name == "random":
         return _OfWeights(lambda: random(cmap, seed))
     if name == "taylor":

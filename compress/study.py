@@ -159,6 +159,7 @@ def _by_weights(net: GraphNet, cmap: ChannelMap, seed: int) -> dict[str, np.ndar
         "norm scale": criteria.norm_scale(net, cmap).numpy(),
         "magnitude L1": importance.magnitude(net, cmap, 1),
         "magnitude L2": importance.magnitude(net, cmap),
+        "magnitude share": importance.magnitude_share(net, cmap),
         "random": importance.random(cmap, seed),
     }
 

@@ -16,9 +16,9 @@ from compress.errors import ModelError
 from compress.importance import (
     Taylor,
     magnitude,
+    magnitude_share,
     random,
     read_gates,
-    relative_magnitude,
     scored,
     write_gates,
 )
@@ -255,20 +255,27 @@ def test_magnitude_is_the_norm_of_the_rows_that_write_a_unit() -> None:
     assert np.allclose(magnitude(traced.net, channel_map(traced)), expected.detach().numpy(), rtol=1e-6)
 
 
-def test_relative_magnitude_compares_units_with_their_class() -> None:
-    traced = trace(randomise(small_cifar()), images(size=8))
+def test_magnitude_share_is_of_each_layer_that_writes_a_unit() -> None:
+    traced = trace(randomise(SmallNet()), images())
     net, cmap = traced.net, channel_map(traced)
-    norms, before = magnitude(net, cmap), relative_magnitude(net, cmap)
-    for own in cmap.members():
-        assert before[own].mean() == pytest.approx(1)
-        assert np.array_equal(np.argsort(before[own]), np.argsort(norms[own]))
+    first, second = (net.get_parameter(f"conv{i}.weight").detach().flatten(1).square().sum(1) for i in (1, 2))
+    expected = first / first.sum() + second / second.sum()
+    assert np.allclose(magnitude_share(net, cmap), expected.numpy(), rtol=1e-5)
     with torch.no_grad():
-        for parameter in net.parameters():
-            parameter *= 3.0
-    assert np.allclose(relative_magnitude(net, cmap), before)
-        for parameter in net.parameters():
-            parameter *= 0.0
-    assert (relative_magnitude(net, cmap) == 0).all()
+        net.get_parameter("conv1.weight").mul_(100)  # the next layer may undo it
+    assert np.allclose(magnitude_share(net, cmap), expected.numpy(), rtol=1e-5)
+    with torch.no_grad():
+        net.get_parameter("conv1.weight").zero_()
+    assert np.allclose(magnitude_share(net, cmap), (second / second.sum()).numpy(), rtol=1e-5)
+
+
+def test_magnitude_shares_of_a_layer_add_up_to_one_with_what_is_pinned() -> None:
+    traced = trace(randomise(small_cifar()), images(size=8))
+    cmap = channel_map(traced)
+    found = magnitude_share(traced.net, cmap)
+    layers = [w for w in cmap.writers if w.weight in cmap.axes and (cmap.axes[w.weight] >= 0).all()]
+    assert found.sum() == pytest.approx(len(layers), rel=1e-5)
+    assert (found > 0).all()
 
 
 def test_random_scores_depend_on_the_seed_alone() -> None:
