@@ -15,14 +15,17 @@ SLOWER = 0.03
 """By so much more than before, and both are timed again."""
 PAUSES = (0, 2, 4, 8, 16)
 """Before each try, in seconds."""
+PATIENCE = 60.0
+"""Seconds in all: on a machine that is never quiet, waiting is in vain."""
 
 
 @dataclass
 class Quiet:
-    """fastest_ms: of the network called `reference` so far."""
+    """fastest_ms: of the network called `reference` so far; patience: seconds that may still be waited."""
 
     reference: str
     fastest_ms: float = float("inf")
+    patience: float = PATIENCE
 
     def __call__(self, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What `timed` gives (milliseconds by name) while the reference is as fast as it was before.
@@ -31,6 +34,9 @@ class Quiet:
         """
         found: list[dict[str, float]] = []
         for seconds in PAUSES:
+            if seconds > self.patience:
+                break
+            self.patience -= seconds
             time.sleep(seconds)
             found.append(timed())
             if found[-1][self.reference] <= self.fastest_ms * (1 + SLOWER):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from deploy.quiet import PAUSES, Quiet
+from deploy.quiet import PATIENCE, PAUSES, Quiet
 
 
 class Machine:
@@ -47,6 +47,17 @@ def test_the_first_is_believed_and_the_fastest_is_what_counts_then() -> None:
     machine = Machine(1.2, 1.0)
     assert quiet(machine)["whole"] == 10
     assert machine.turns == 2
+
+
+def test_it_does_not_wait_for_ever(pauses: list[float]) -> None:
+    quiet = Quiet("whole", 10.0)
+    for _ in range(20):
+        quiet.fastest_ms = 10.0
+        quiet(Machine(1.1, 1.2, 1.1, 1.3, 1.2))
+    assert PATIENCE - 2 < sum(pauses) <= PATIENCE
+    machine = Machine(1.1)
+    assert quiet(machine)["whole"] == pytest.approx(11)
+    assert machine.turns == 1
 
 
 def test_where_waiting_does_not_help_the_quietest_try_is_taken_and_nobody_waits_again() -> None:
