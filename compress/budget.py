@@ -236,8 +236,8 @@ def corrected(where: Space, looks: Sequence[Look]) -> Space:
     """With the model of latency that the networks measured say: a power of the fitted one, and a factor.
 
     In logarithms, the line through the last network and the last one before it that differs enough; the first
-    of all is the unpruned one, at 1 by definition. That networks are slower than the model says
-    is believed at the end only: a look on the way that is wrong would take out what does not come back.
+    of all is the unpruned one, at 1 by definition. That networks are slower than the model says is believed
+    at the end only: a look on the way that is wrong would take out what does not come back.
     """
     latency = where.cost.latency
     telling = [look for look in looks if not look.on_the_way or look.measured < look.predicted]

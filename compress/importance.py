@@ -180,8 +180,8 @@ def magnitude_share(net: nn.Module, cmap: ChannelMap) -> np.ndarray:
     """
     found = unit_zeros(net, cmap)
     for weight, dim, units in _rows(net, cmap):
-        squares = slice_sums(weight, weight, dim)
-        add_by_unit(found, squares / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny), units)
+        squares = slice_sums(weight, weight, dim).to(found.dtype)  # a whole layer's may be too large for fp16
+        add_by_unit(found, squares / squares.sum().clamp_min(torch.finfo(found.dtype).tiny), units)
     return found[:-1].cpu().numpy().astype(np.float64)
 
 

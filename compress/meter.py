@@ -38,8 +38,6 @@ NETWORKS = 8
 NARROWEST = 0.2
 REPEATS, SECONDS = 10, 1.0
 RUNS, TRIES = 20, 3
-QUANTILE = 0.25
-"""Of the samples: what follows an interruption finds its caches cold."""
 
 Note = Callable[[int, int, str], None]
 
@@ -305,9 +303,7 @@ class _Bench:
             for runner in runners.values():
                 opened.callback(runner.close)
             found = latency.measure(runners, self.shapes, self.place.batch, REPEATS, SECONDS, clock=clock)
-        return {
-            row.model: float(np.quantile(np.concatenate(row.repeats_ms), QUANTILE)) for row in found.latency
-        }
+        return found.quick_ms
 
     def profile(self, artifact: _Artifact) -> Profile:
         """Its layers; more runs where something else disturbed the first ones. Raises ModelError for a runner

@@ -29,6 +29,8 @@ WARMUP_SECONDS = 0.2  # trtexec's default
 LEAST_SAMPLES = 10  # per runner, trtexec's default
 LEAST_PAIRS = 5  # fewer medians cannot carry a 95 % interval: 2 * 0.5**5 = 6 %
 MINIMUM_EFFECT = 0.02
+QUICK = 0.25
+"""Quantile of samples: what follows an interruption finds its caches cold."""
 CV_LIMIT = 0.025  # trtexec warns above it
 _RESAMPLES = 10_000
 
@@ -94,6 +96,11 @@ class Measurement:
 
     latency: tuple[Latency, ...]
     speedup: tuple[Speedup, ...]
+
+    @property
+    def quick_ms(self) -> dict[str, float]:
+        """By model, a low quantile of its samples, for which what else runs on the machine counts little."""
+        return {row.model: float(np.quantile(np.concatenate(row.repeats_ms), QUICK)) for row in self.latency}
 
 
 def measure(

@@ -25,17 +25,7 @@ from compress.channelmap import ChannelMap, channel_map
 from compress.cost import class_counts
 from compress.errors import CompressError, ConfigError, ModelError
 from compress.latency import LatencyModel
-from compress.meter import (
-    NETWORKS,
-    RUNS,
-    TRIES,
-    Meter,
-    _Artifact,
-    _Bench,
-    _run_ms,
-    designs,
-    setting_of,
-)
+from compress.meter import NETWORKS, RUNS, TRIES, Meter, _Artifact, _Bench, _run_ms, designs, setting_of
 from compress.select import levels_of, widths
 from compress.trace import Traced, trace
 from deploy import latency_table
