@@ -213,6 +213,7 @@ def closed(where: Space, board: Board, pace: float, seed: int = 0) -> tuple[list
 class TestClose:
     @settings(max_examples=8, deadline=None)
     @example(0.71875, 0.9, 0.75, 0)
+    @example(1.28125, 0.8125, 0.453125, 0)  # the narrowest is above what is asked, by less than WITHIN
     @given(st.floats(0.7, 1.4), st.floats(0.8, 1.25), st.floats(0.45, 0.8), seeds)
     def test_one_step_ends_within_3_percent(
         self, factor: float, power: float, ratio: float, seed: int
@@ -224,7 +225,7 @@ class TestClose:
         assert last.ends
         assert look.measured == board(last.selection.keep)
         if least > ratio:
-            assert not look.met
+            assert not look.met or least <= ratio * (1 + WITHIN)
             assert (last.selection.keep == _narrowest(where)).all() or look.measured <= least * 1.001
         else:
             assert look.met
