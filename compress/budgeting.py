@@ -21,7 +21,7 @@ from compress.cost import class_counts, cost_model
 from compress.errors import CompressError, ConfigError, ModelError
 from compress.latency import LatencyModel
 from compress.memory import points
-from compress.meter import Meter, Note, setting_of
+from compress.meter import Meter, Note, Say, setting_of
 from compress.select import Space, Target, check_reachable, levels_of
 from compress.trace import GraphNet
 
@@ -107,6 +107,7 @@ def budgeted(
     run: Path | None,
     folder: Path,
     progress: Note = lambda done, of, text: None,
+    say: Say = lambda text: None,
 ) -> Budgeted:
     """The budgets of an aimed config. run: where to keep what is measured, None to share it only.
 
@@ -122,7 +123,9 @@ def budgeted(
         cost = replace(cost, memory=points(net, cmap, example))
     if budget.has_latency:
         at = aim.place(config)
-        found = measured(config, at, net, cmap, levels, example, run=run, folder=folder, progress=progress)
+        found = measured(
+            config, at, net, cmap, levels, example, run=run, folder=folder, progress=progress, say=say
+        )
         cost = found[1].added_to(cost)
         targets.insert(0, Target("latency", _asked(config, found[1]) * AIM))
     where = Space(cmap, cost, levels, targets[0], budgets=tuple(targets))
@@ -167,6 +170,7 @@ def measured(
     run: Path | None,
     folder: Path,
     progress: Note,
+    say: Say,
     elsewhere: Table | None = None,
 ) -> tuple[Meter, LatencyModel]:
     """The latency model of a network, from the run's own table, the shared one, or measured now.
@@ -188,7 +192,7 @@ def measured(
         if run is not None:
             _begin(path, known, setting)
     distributed.barrier()
-    meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress)
+    meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress, say=say)
     if distributed.is_main():
         meter.calibrated()
         if run is not None:

@@ -40,6 +40,7 @@ REPEATS, SECONDS = 10, 1.0
 RUNS, TRIES = 20, 3
 
 Note = Callable[[int, int, str], None]
+Say = Callable[[str], None]
 
 
 def setting_of(place: Place) -> Setting:
@@ -59,7 +60,8 @@ class Meter:
     """Measures networks cut from one network, and keeps what it measured in a table.
 
     net: unpruned, left as it is. path: the table's file, written after every measurement, so that what was
-    measured is never measured again. table: one of another machine, which has all that `fitted` needs.
+    measured is never measured again. table: one of another machine, which has all that `fitted` needs. say:
+    gets a line whenever a quiet machine is waited for.
     """
 
     def __init__(
@@ -73,13 +75,14 @@ class Meter:
         *,
         block: int,
         progress: Note = lambda done, of, text: None,
+        say: Say = lambda text: None,
         table: Table | None = None,
     ) -> None:
         from deploy import latency_table
 
         self.net, self.cmap, self.levels = copy.deepcopy(net).cpu().eval(), cmap, levels
         self.bench, self.path = _Bench(place, example), path
-        self.block, self.progress = block, progress
+        self.block, self.progress, self.say = block, progress, say
         self.table = table or latency_table.read(path, setting_of(place))
         self.model = fingerprint(self.net, cmap)
         self.widths: Widths = widths_of(cmap)
@@ -141,7 +144,7 @@ class Meter:
         from deploy.quiet import Quiet
 
         known = [e.original_ms for e in (*self.table.entries, *self.table.looks) if e.model == self.model]
-        return Quiet("original", min(known, default=float("inf")))
+        return Quiet("original", min(known, default=float("inf")), say=self.say)
 
     @cached_property
     def _original(self) -> _Artifact:

@@ -95,8 +95,9 @@ def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) ->
         selection = remove(scores, np.ones(cmap.units, dtype=bool), where)
         return _Chosen(selection.keep, where, selection.reached)
     found = budgeted(
-        config, traced.net, cmap, traced.example, run=None, folder=work.folder, progress=_progress(work)
-    )
+        config, traced.net, cmap, traced.example, run=None, folder=work.folder, progress=_progress(work),
+        say=work.events.note,
+    )  # fmt: skip
     keep, reached, looks = chosen(found, scores)
     look = looks[-1] if looks else None
     return _Chosen(keep, found.where, reached, found.as_dict(keep, looks, look))
@@ -142,7 +143,7 @@ def _front(
     good = levels_of(cmap, targets.resolve_align(at.target), config.prune.min_keep)
     meter, latency = measured(
         config, at, traced.net, cmap, levels, traced.example, run=None, folder=work.folder,
-        progress=_progress(work), elsewhere=elsewhere,
+        progress=_progress(work), say=work.events.note, elsewhere=elsewhere,
     )  # fmt: skip
     if (latency.known_error or 0.0) > DOUBTFUL:
         far = f"{latency.known_error:.0%} off at networks that it has not seen"

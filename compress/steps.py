@@ -351,8 +351,9 @@ def _budgeted(work: Work, traced: Traced, cmap: ChannelMap) -> Budgeted | None:
         work.events.progress("prune", done, of, text)
 
     return budgeted(
-        work.config, traced.net, cmap, work.example(), run=work.run, folder=work.folder, progress=note
-    )
+        work.config, traced.net, cmap, work.example(), run=work.run, folder=work.folder, progress=note,
+        say=work.events.note,
+    )  # fmt: skip
 
 
 def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, facts: dict[str, Any]) -> Done:

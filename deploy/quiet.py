@@ -21,11 +21,13 @@ PATIENCE = 60.0
 
 @dataclass
 class Quiet:
-    """fastest_ms: of the network called `reference` so far; patience: seconds that may still be waited."""
+    """fastest_ms: of the network called `reference` so far; patience: seconds that may still be waited; say:
+    gets a line whenever waiting begins."""
 
     reference: str
     fastest_ms: float = float("inf")
     patience: float = PATIENCE
+    say: Callable[[str], None] = lambda text: None
 
     def __call__(self, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What `timed` gives (milliseconds by name) while the reference is as fast as it was before.
@@ -36,6 +38,8 @@ class Quiet:
         for seconds in PAUSES:
             if seconds > self.patience:
                 break
+            if len(found) == 1:
+                self._tell(found[0][self.reference] / self.fastest_ms - 1)
             self.patience -= seconds
             time.sleep(seconds)
             found.append(timed())
@@ -45,3 +49,8 @@ class Quiet:
         best = min(found, key=lambda ms: ms[self.reference])
         self.fastest_ms = best[self.reference]
         return best
+
+    def _tell(self, slower: float) -> None:
+        self.say(
+            f"waiting for a quiet machine: the {self.reference} network takes {slower:.0%} longer than before"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -219,13 +219,20 @@ def test_designs_are_allowed_widths_always_the_same(allowed: list[np.ndarray], c
             assert len({int(plan[group]) for plan in plans}) > 1
 
 
-def of(text: str, folder: Path, run: Path | None = None) -> Budgeted:
-    return budgeted(
-        read(text), traced().net, map_of(), traced().example, run=run, folder=folder, progress=lambda *_: None
-    )
+def of(
+    text: str, folder: Path, run: Path | None = None, say: Callable[[str], None] = lambda text: None
+) -> Budgeted:
+    return budgeted(read(text), traced().net, map_of(), traced().example, run=run, folder=folder, say=say)
 
 
 class TestBudgeted:
+    def test_it_says_what_it_waits_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        said: list[str] = []
+        monkeypatch.setattr("deploy.quiet.time.sleep", lambda seconds: None)
+        monkeypatch.setattr(Bench, "slow_turns", (2, 3))
+        of(RATIO, tmp_path, say=said.append)
+        assert said == ["waiting for a quiet machine: the original network takes 10% longer than before"]
+
     def test_a_run_shares_what_it_measures(self, tmp_path: Path) -> None:
         one, two = tmp_path / "one", tmp_path / "two"
         one.mkdir(), two.mkdir()

@@ -66,3 +66,12 @@ def test_where_waiting_does_not_help_the_quietest_try_is_taken_and_nobody_waits_
     assert machine.turns == len(PAUSES)
     assert quiet(machine)["whole"] == pytest.approx(11)
     assert machine.turns == len(PAUSES) + 1
+
+
+def test_a_line_is_said_whenever_waiting_begins() -> None:
+    said: list[str] = []
+    quiet = Quiet("whole", 10.0, say=said.append)
+    for slower in ([1.0], [1.2, 1.0], [1.12, 1.1, 1.2, 1.0]):
+        quiet(Machine(*slower))
+    begins = "waiting for a quiet machine: the whole network takes"
+    assert said == [f"{begins} 20% longer than before", f"{begins} 12% longer than before"]
