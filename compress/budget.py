@@ -68,7 +68,8 @@ class Look:
 
 
 def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> Selection:
-    """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further.
+    """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further, and so
+    far that about as large a share of the units leaves.
 
     What leaves is part of what would leave on the way to the budgets as things stand: a step alone would have
     to save its pace in whole blocks of channels, whatever they are worth. scores: (units,), higher is more
@@ -76,12 +77,14 @@ def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> S
     """
     counts = class_counts(where.cmap, keep)
     ends = {target.kind: target.ratio for target in where.targets}
-    goals = {kind: max(end, where.cost.ratio(kind, counts) - pace) for kind, end in ends.items()}
     order = ascending(scores, keep, where.cmap)
     levels = [own[own <= n] for own, n in zip(where.levels, counts, strict=True)]
     worth = [importance_at(scores[units], np.arange(len(units) + 1)) for units in order]
     chosen, gap = _fitting(where.cost, counts, levels, worth, ends)
-    if goals != ends:
+    ahead = {kind: max(where.cost.ratio(kind, counts) - end, 0) for kind, end in ends.items()}
+    way = max(*ahead.values(), float((counts - chosen).sum()) / len(keep))
+    if way > pace:
+        goals = {kind: end + (1 - pace / way) * ahead[kind] for kind, end in ends.items()}
         within = [own[own >= n] for own, n in zip(levels, chosen, strict=True)]
         chosen, _ = _fitting(where.cost, counts, within, worth, goals)
     kept = keep.copy()

@@ -104,9 +104,11 @@ class TestNarrow:
     ) -> None:
         cmap = MAPS[name]()
         where = space_of(cmap, *(Target(*one) for one in asked))
+        at_once = narrow(scores_of(cmap, seed), all_of(cmap), where, 1.0).removed
         found = narrow(scores_of(cmap, seed), all_of(cmap), where, 0.05)
         counts = class_counts(cmap, found.keep)
-        goals = [(t.kind, max(t.ratio, 0.95)) for t in where.targets]
+        part = min(1.0, 0.05 / max(at_once / cmap.units, *(1 - t.ratio for t in where.targets)))
+        goals = [(t.kind, 1 - part * (1 - t.ratio)) for t in where.targets]
         assert all(where.cost.ratio(kind, counts) <= goal + 1e-9 for kind, goal in goals)
         # One more unit in any class would break a goal, so the step is not longer than its pace asks.
         wider = [
@@ -129,6 +131,19 @@ class TestNarrow:
                 least = where.cost.ratio("latency", np.array([own[0] for own in where.levels]))
                 assert reached or least > ratio
                 assert left > ratio - 0.03 or not reached
+
+    @pytest.mark.parametrize("name", MAPS)
+    def test_no_step_takes_many_more_units_than_its_pace(self, name: str) -> None:
+        """A target that hardly gets faster as units leave: steps of latency alone would take many at once."""
+        cmap = MAPS[name]()
+        where = space_of(cmap, Target("latency", 0.8), power=0.2)
+        keep, scores, removed = all_of(cmap), scores_of(cmap, 2), []
+        while not (found := narrow(scores, keep, where, 0.05)).reached:
+            assert found.removed
+            keep = found.keep
+            removed.append(found.removed)
+        assert sum(removed) > 0.3 * cmap.units
+        assert np.mean(removed) < 0.08 * cmap.units
 
     @pytest.mark.parametrize("name", MAPS)
     def test_a_budget_out_of_reach_gives_the_narrowest(self, name: str) -> None:
