@@ -68,8 +68,8 @@ class Look:
 
 
 def narrow(scores: np.ndarray, keep: np.ndarray, where: Space, pace: float) -> Selection:
-    """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further, and so
-    far that about as large a share of the units leaves.
+    """The next step towards all budgets of `where`, each at most `pace` (a share of the whole) further, and
+    so far that about as large a share of the units leaves.
 
     What leaves is part of what would leave on the way to the budgets as things stand: a step alone would have
     to save its pace in whole blocks of channels, whatever they are worth. scores: (units,), higher is more
