@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
 from benchmarks import imagenet_nets
 from benchmarks.common import known_rows, note, write
 from benchmarks.latency_model import MODELS
