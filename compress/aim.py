@@ -79,7 +79,7 @@ def on_gpu(config: Config) -> list[str]:
 
 def _budget(config: Config, batches: list[int]) -> BudgetConfig | None:
     """The budget with its target and batch size."""
-    if config.budget is None or not config.budget.has_latency:
+    if config.budget is None or not config.budget.is_measured:
         return config.budget
     name = config.budget.target or config.bench.target
     batch = _batch(config, batches)
@@ -134,12 +134,8 @@ def align(config: Config, at: Place | None = None) -> int:
         return given
     if at is not None:
         return targets.resolve_align(at.target)
-    own = budget.target if budget is not None and _has_latency(config) else None
+    own = budget.target if budget is not None and budget.is_measured else None
     return targets.resolve_align(target(config) if own is None else _target_of(own))
-
-
-def _has_latency(config: Config) -> bool:
-    return config.budget is not None and config.budget.has_latency
 
 
 def _target_of(name: str, key: str = "budget.target") -> Target:
@@ -188,9 +184,16 @@ def check(config: Config, *, here: bool, prunes: bool = False) -> None:
 
 
 def _check_budget(config: Config, *, prunes: bool) -> None:
-    """Raises where the latency that a budget asks for cannot be measured; prunes: here."""
-    if _has_latency(config):
-        check_place(place(config), "budget.target", here=prunes)
+    """Raises where what a budget asks for cannot be measured; prunes: here."""
+    from deploy import energy
+
+    budget = config.budget
+    if budget is None or not budget.is_measured:
+        return
+    at = place(config)
+    check_place(at, "budget.target", here=prunes)
+    if prunes and budget.energy_ratio is not None:
+        energy.open_counter(gpu=bool(at.target.gpu))
 
 
 def check_place(at: Place, where: str, *, here: bool, when: str = "while pruning", do: str = "prune") -> None:

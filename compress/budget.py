@@ -1,12 +1,13 @@
-"""Selection under budgets: latency, memory, MACs and parameters come down together, and the target has the
-last word.
+"""Selection under budgets: latency or energy, memory, MACs and parameters come down together, and the target
+has the last word.
 
 Each step is a knapsack (`knapsack.py`): of every class one of the widths that the target runs well, the most
 importance kept, every cost within its budget. Costs are sums of products of widths, so what a width saves
 depends on the others; it is taken as if they stayed, which a step of 2 % forgives, and the last step is
 repeated until the costs of the network itself are met. A peak of memory is one cost for each op that may be
-it. Then that network is measured, and where the model of its latency was wrong, the choice is made again with
-the model corrected.
+it. Then that network is measured, and where the model was wrong, the choice is made again with the model
+corrected. Energy is foretold by the model of latency and corrected in the same way: a device that works draws
+about the same power, less where a narrow network leaves part of it idle.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from compress.knapsack import Infeasible, choose
 from compress.select import Selection, Space, Target, ascending
 
 WITHIN = 0.03
-"""By how much a network may be faster than asked; slower it should not be."""
+"""By how much less a network may take than asked; more it should not."""
 AIM = 1 - WITHIN / 2
-"""What is aimed at, as a share of the latency asked for."""
+"""What is aimed at, as a share of what is asked for."""
 LOOKS = 5
 EARLY = (1 / 4, 5 / 8, 7 / 8)
 """Shares of the way, in logarithms, after which the model is checked before anything is lost."""
@@ -38,13 +39,13 @@ STEEPEST = 4.0
 
 
 Measure = Callable[[np.ndarray], float]
-"""The share of the unpruned latency that the network of keep, bool (units,), really has."""
+"""The share of the unpruned latency, or energy, that the network of keep, bool (units,), really takes."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """One network that was measured: shares of the unpruned latency. predicted: by the model as fitted.
-    on_the_way: before the budgets were met."""
+    """One network that was measured: shares of what the unpruned one takes. predicted: by the model as
+    fitted. on_the_way: before the budgets were met."""
 
     asked: float
     predicted: float
@@ -53,7 +54,7 @@ class Look:
 
     @property
     def fits(self) -> bool:
-        """As fast as asked, and hardly faster."""
+        """It takes what was asked, and hardly less."""
         return self.asked * (1 - WITHIN) <= self.measured <= self.asked
 
     @property
@@ -63,7 +64,7 @@ class Look:
 
     @property
     def met(self) -> bool:
-        """As fast as asked or faster, by WITHIN."""
+        """It takes what was asked or less, by WITHIN."""
         return self.measured <= self.asked * (1 + WITHIN)
 
 
@@ -156,8 +157,8 @@ def _fitting(
 
 @dataclass(frozen=True)
 class Closed:
-    """A selection and the looks that it took. ends: the selection is the last, as fast as asked or as near to
-    it as the widths allow, and the last look is at it."""
+    """A selection and the looks that it took. ends: the selection is the last, which takes what was asked or
+    comes as near to it as the widths allow, and the last look is at it."""
 
     selection: Selection
     looks: tuple[Look, ...]
@@ -172,9 +173,9 @@ def close(
     measure: Measure,
     before: Sequence[Look] = (),
 ) -> Closed:
-    """`narrow`, and where that ends the pruning, until the network that it ends with is as fast as asked.
+    """`narrow`, and where that ends the pruning, until the network that it ends with takes what is asked.
 
-    What has left does not come back, so a model that is too slow by much has to be found out before: there is
+    What has left does not come back, so a model that is off by much has to be found out before: there is
     a look on the way too, at some shares of it (EARLY). before: the looks of earlier steps.
     """
     early: list[Look] = []
@@ -188,11 +189,11 @@ def close(
         if not is_last and (early or tried or not _passes(now, keep, chosen.keep)):
             return Closed(chosen, known[len(before) :], ends=False)
         if any((chosen.keep == other.keep).all() for _, other in tried):
-            beside += NUDGE if tried[-1][0].measured < aimed_latency(where) else -NUDGE
+            beside += NUDGE if tried[-1][0].measured < aimed_at(where) else -NUDGE
             continue
         beside = 1.0
-        predicted, measured = _latency(where, chosen.keep), measure(chosen.keep)
-        look = Look(aimed_latency(where) / AIM, predicted, measured, on_the_way=not is_last)
+        predicted, measured = _modelled(where, chosen.keep), measure(chosen.keep)
+        look = Look(aimed_at(where) / AIM, predicted, measured, on_the_way=not is_last)
         if not is_last:
             early.append(look)
             continue
@@ -210,25 +211,26 @@ def _is_narrowest(where: Space, chosen: Selection) -> bool:
 
 def _passes(where: Space, before: np.ndarray, after: np.ndarray) -> bool:
     """Whether one of the shares of the way is passed where a look is taken; in powers of what is asked."""
-    old, new = _latency(where, before), _latency(where, after)
-    return any(new <= aimed_latency(where) ** share < old for share in EARLY)
+    old, new = _modelled(where, before), _modelled(where, after)
+    return any(new <= aimed_at(where) ** share < old for share in EARLY)
 
 
 def _aimed(where: Space, share: float) -> Space:
-    """With so many times the budget of latency."""
-    moved = (t.ratio * share if t.kind == "latency" else t.ratio for t in where.budgets)
+    """With so many times the budget of what is measured."""
+    moved = (t.ratio * share if t == where.measured else t.ratio for t in where.budgets)
     budgets = tuple(Target(t.kind, min(ratio, 0.999)) for t, ratio in zip(where.budgets, moved, strict=True))
     return replace(where, budgets=budgets)
 
 
-def _latency(where: Space, keep: np.ndarray) -> float:
-    """The share of the unpruned latency that the model gives these units."""
+def _modelled(where: Space, keep: np.ndarray) -> float:
+    """The share of the unpruned latency, or energy, that the model gives these units."""
     return where.cost.ratio("latency", class_counts(where.cmap, keep))
 
 
-def aimed_latency(where: Space) -> float:
-    """The share of the unpruned latency that is aimed at."""
-    return next(target.ratio for target in where.targets if target.kind == "latency")
+def aimed_at(where: Space) -> float:
+    """The share of what is measured that is aimed at."""
+    assert where.measured is not None
+    return where.measured.ratio
 
 
 def _miss(look: Look) -> tuple[bool, float]:
@@ -236,10 +238,10 @@ def _miss(look: Look) -> tuple[bool, float]:
 
 
 def corrected(where: Space, looks: Sequence[Look]) -> Space:
-    """With the model of latency that the networks measured say: a power of the fitted one, and a factor.
+    """With the model that the networks measured say: a power of the fitted one, and a factor.
 
     In logarithms, the line through the last network and the last one before it that differs enough; the first
-    of all is the unpruned one, at 1 by definition. That networks are slower than the model says is believed
+    of all is the unpruned one, at 1 by definition. That networks take more than the model says is believed
     at the end only: a look on the way that is wrong would take out what does not come back.
     """
     latency = where.cost.latency

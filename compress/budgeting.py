@@ -1,5 +1,5 @@
-"""A config's budgets for one network: what they ask of it, with its latency as measured on the target and the
-memory of its activations."""
+"""A config's budgets for one network: what they ask of it, with its latency or energy as measured on the
+target and the memory of its activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from compress import aim, distributed, files
-from compress.budget import AIM, WITHIN, Look, Measure, aimed_latency, close, narrow
+from compress.budget import AIM, WITHIN, Look, Measure, aimed_at, close, narrow
 from compress.channelmap import ChannelMap
 from compress.config import Config
 from compress.cost import class_counts, cost_model
@@ -34,11 +34,16 @@ TABLE = "latency.json"
 
 @dataclass(frozen=True)
 class Budgeted:
-    """The space to choose from with its budgets; latency and meter where one of them is of latency."""
+    """The space to choose from with its budgets; latency and meter where one of them is measured."""
 
     where: Space
     latency: LatencyModel | None = None
     meter: Meter | None = None
+
+    @property
+    def is_energy(self) -> bool:
+        """Whether what is measured is energy."""
+        return self.where.measured is not None and self.where.measured.kind == "energy"
 
     @property
     def measure(self) -> Measure | None:
@@ -47,8 +52,10 @@ class Budgeted:
         if meter is None:
             return None
 
+        on_target = meter.energy_ratio if self.is_energy else meter.ratio
+
         def look(keep: np.ndarray) -> float:
-            ratio = meter.ratio(keep) if distributed.is_main() else 0.0
+            ratio = on_target(keep) if distributed.is_main() else 0.0
             return float(distributed.from_main(np.array(ratio)))
 
         return look
@@ -65,16 +72,21 @@ class Budgeted:
         keep: bool (units,), what was chosen; look: the one of `looks` at that network, None where there is
         none; gap: if known.
         """
-        asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t.kind != "latency"}
-        document: dict[str, Any] = {"asked": asked, "gap": gap, "latency": None, "memory": self._memory(keep)}
-        if self.latency is not None and self.meter is not None:
-            ratio = aimed_latency(self.where) / AIM
-            place = self.meter.bench.place
-            document["latency"] = {
-                "target": place.target.name,
+        asked = {f"{t.kind}_ratio": t.ratio for t in self.where.targets if t != self.where.measured}
+        document: dict[str, Any] = {
+            "asked": asked, "gap": gap, "latency": None, "energy": None, "memory": self._memory(keep),
+        }  # fmt: skip
+        if self.where.measured is not None and self.latency is not None and self.meter is not None:
+            ratio = aimed_at(self.where) / AIM
+            if self.is_energy:
+                whole = {"original_mj": self.meter.original_mj, "counter": self.meter.counter.name}
+            else:
+                ms = self.latency.original_ms
+                whole = {"original_ms": ms, "asked_ms": ratio * ms}
+            document[self.where.measured.kind] = {
+                "target": self.meter.bench.place.target.name,
                 **asdict(self.meter.table.setting),
-                "original_ms": self.latency.original_ms,
-                "asked_ms": ratio * self.latency.original_ms,
+                **whole,
                 "asked_ratio": ratio,
                 "model_error": self.latency.known_error,
                 "networks": self.latency.networks,
@@ -121,24 +133,26 @@ def budgeted(
     cost, found = cost_model(cmap), None
     if budget.memory_ratio is not None:
         cost = replace(cost, memory=points(net, cmap, example))
-    if budget.has_latency:
+    if budget.is_measured:
         at = aim.place(config)
         found = measured(
             config, at, net, cmap, levels, example, run=run, folder=folder, progress=progress, say=say
         )
         cost = found[1].added_to(cost)
-        targets.insert(0, Target("latency", _asked(config, found[1]) * AIM))
+        kind = "energy" if budget.energy_ratio is not None else "latency"
+        targets.insert(0, Target(kind, _asked(config, found[1]) * AIM))
     where = Space(cmap, cost, levels, targets[0], budgets=tuple(targets))
     _check(where, config, found[1] if found else None)
     return Budgeted(where) if found is None else Budgeted(where, found[1], found[0])
 
 
 def _asked(config: Config, latency: LatencyModel) -> float:
-    """The share of the unpruned latency that is asked for."""
+    """The share of the unpruned latency, or energy, that is asked for."""
     budget = config.budget
     assert budget is not None
-    if budget.latency_ratio is not None:
-        return budget.latency_ratio
+    given = budget.latency_ratio or budget.energy_ratio
+    if given is not None:
+        return given
     assert budget.latency_ms is not None
     ratio = budget.latency_ms / latency.original_ms
     if ratio >= 1:
@@ -149,7 +163,7 @@ def _asked(config: Config, latency: LatencyModel) -> float:
 
 def _check(where: Space, config: Config, latency: LatencyModel | None) -> None:
     fix = f"lower prune.min_keep ({config.prune.min_keep:g}) or prune.align ({aim.align(config)})"
-    if latency is not None:
+    if latency is not None and config.budget is not None and config.budget.has_latency:
         least, asked = latency.ms(where.narrowest), where.target.ratio / AIM * latency.original_ms
         if least > asked * AIM:
             what = (

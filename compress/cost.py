@@ -80,8 +80,9 @@ class Resource:
 @dataclass(frozen=True)
 class CostModel:
     """Cost of kept counts per class. full: units per class in the unpruned model, (classes,). latency: in
-    milliseconds on one target, None where it was not measured; latency_ms: of the unpruned model. memory: of
-    activations, None where no budget asks for it."""
+    milliseconds on one target, None where it was not measured; latency_ms: of the unpruned model. What share
+    of the energy is left is taken to be that of the latency. memory: of activations, None where no budget
+    asks for it."""
 
     macs: Products
     params: Products
@@ -91,7 +92,7 @@ class CostModel:
     memory: Points | None = None
 
     def ratio(self, kind: str, counts: np.ndarray) -> float:
-        """Share that is left of `macs`, `params`, `units`, `latency` or (peak) `memory` at class counts."""
+        """Share that is left of `macs`, `params`, `units`, `latency`, `energy` or (peak) `memory`."""
         return self._of(kind).ratio(counts)
 
     def ratios(self, kind: str, counts: np.ndarray, by: np.ndarray) -> np.ndarray:
@@ -117,7 +118,7 @@ class CostModel:
         if kind == "units":
             each = Products(np.ones(1), np.zeros((1, 1)), np.ones((1, 1, len(self.full))))
             return Resource(each, max(float(self.full.sum()), 1.0))
-        if kind == "latency":
+        if kind in ("latency", "energy"):
             assert self.latency is not None
             return Resource(self.latency, self.latency_ms)
         cost = {"macs": self.macs, "params": self.params, "memory": self.memory}[kind]

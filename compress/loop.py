@@ -46,8 +46,9 @@ LOOKS = 10  # evaluations along the pruning when no tolerance asks for more
 class Step:
     """One removal. minibatches: trained before it. loss: mean over the minibatches that followed it.
 
-    accuracy: on the validation examples after those, None where it was not measured. latency_ratio: by the
-    model of the target, None without a budget of latency. memory_ratio: of the peak of activations, likewise.
+    accuracy: on the validation examples after those, None where it was not measured. latency_ratio,
+    energy_ratio: by the model of the target, None without a budget of it. memory_ratio: of the peak of
+    activations, likewise.
     """
 
     step: int
@@ -58,18 +59,14 @@ class Step:
     loss: float | None = None
     accuracy: float | None = None
     latency_ratio: float | None = None
+    energy_ratio: float | None = None
     memory_ratio: float | None = None
 
     def left(self, kind: str, units: int) -> float:
-        """The share that is left of `macs`, `params`, `latency`, `memory` or the `units` that there were."""
+        """The share that is left of one of `select.KINDS`; units: how many there were."""
         if kind == "units":
             return self.units_kept / units
-        found = {
-            "macs": self.macs_ratio,
-            "params": self.params_ratio,
-            "latency": self.latency_ratio,
-            "memory": self.memory_ratio,
-        }[kind]
+        found: float | None = getattr(self, f"{kind}_ratio")
         return 1.0 if found is None else found
 
 
@@ -77,8 +74,8 @@ class Step:
 class Pruned:
     """masked: the trained network with removed units at zero. unmasked: the same with their reading
     slices as they were when they left. keep: bool (units,). optimizer: state by parameter name. looks: at
-    the latency on the target; look: the one at this network, None where it was not measured; gap: the largest
-    of a step's selection."""
+    the latency or energy on the target; look: the one at this network, None where it was not measured; gap:
+    the largest of a step's selection."""
 
     masked: GraphNet
     unmasked: GraphNet
@@ -129,8 +126,8 @@ def prune(
 
     A run that finds its own state in the folder `checkpoint` goes on from it and ends with the same
     weights as one that was never stopped. progress gets each step and the target ratio. Of several processes
-    the first writes and reports; all end with the same network. measure: with a budget of latency; asked on
-    the way and before the last removal.
+    the first writes and reports; all end with the same network. measure: with a budget of latency or energy;
+    asked on the way and before the last removal.
 
     Raises Interrupted when `should_stop` says so between two removals; DivergedError when the loss is
     not finite (the last good state stays in `checkpoint`).
@@ -230,8 +227,10 @@ class _Run:
         counts, ratio = class_counts(self.cmap, self.keep), corrected(self.where, self.state.looks).cost.ratio
         number, units = len(self.state.history) + 1, int(self.keep.sum())
         entry = Step(number, self.state.minibatches, units, ratio("macs", counts), ratio("params", counts))
-        if self.where.cost.latency is not None:
-            entry = replace(entry, latency_ratio=ratio("latency", counts))
+        if (measured := self.where.measured) is not None:
+            left = ratio(measured.kind, counts)
+            is_energy = measured.kind == "energy"
+            entry = replace(entry, energy_ratio=left) if is_energy else replace(entry, latency_ratio=left)
         if self.where.cost.memory is not None:
             entry = replace(entry, memory_ratio=ratio("memory", counts))
         self.state.history.append(entry)
@@ -416,7 +415,9 @@ class _Run:
             return "target met"
         look = self.state.looks[-1]
         self.state.reached = look.met
-        said = f"{look.measured:.1%} of the original's latency measured, {look.asked:.1%} asked for"
+        assert self.where.measured is not None
+        kind = self.where.measured.kind
+        said = f"{look.measured:.1%} of the original's {kind} measured, {look.asked:.1%} asked for"
         said += "" if look.near else "; the widths allowed and other budgets have nothing nearer"
         return f"target met: {said}" if look.met else said
 

@@ -29,6 +29,7 @@ from compress.surgery import cut
 from compress.trace import GraphNet
 
 if TYPE_CHECKING:
+    from deploy.energy import Counter
     from deploy.latency_table import Entry, Row, Setting, Table
     from deploy.profile import Profile
     from deploy.quiet import Quiet
@@ -116,6 +117,35 @@ class Meter:
         """The share of the unpruned latency that the network of keep (units,) really has."""
         return self._kept(class_counts(self.cmap, keep), keep, self.table.looks).ratio
 
+    def energy_ratio(self, keep: np.ndarray) -> float:
+        """The share of the unpruned energy per call that the network of keep (units,) really takes."""
+        from deploy.latency_table import Energy
+
+        counts = class_counts(self.cmap, keep)
+        known = self.table.energy(self.model, counts.tolist())
+        if known is None:
+            with tempfile.TemporaryDirectory() as folder:
+                pruned = self._artifact(self._cut(counts, keep), Path(folder))
+                artifacts = {"original": self._original, "pruned": pruned}
+                mj = self._steady(lambda: self.bench.energies(artifacts, self.counter))
+            known = Energy(self.model, tuple(counts.tolist()), mj["pruned"], mj["original"])
+            self.table.energies.append(known)
+            files.write_json(self.path, self.table.as_dict())
+        return known.ratio
+
+    @property
+    def original_mj(self) -> float | None:
+        """What a call of the unpruned network took where it was measured last."""
+        own = [entry for entry in self.table.energies if entry.model == self.model]
+        return own[-1].original_mj if own else None
+
+    @cached_property
+    def counter(self) -> Counter:
+        """The energy counter of the device that the target runs on."""
+        from deploy import energy
+
+        return energy.open_counter(gpu=bool(self.bench.place.target.gpu))
+
     def _kept(self, counts: np.ndarray, keep: np.ndarray | None, among: list[Entry]) -> Entry:
         """The network with these counts, as the table has it or measured now."""
         known = self.table.find(self.model, counts.tolist())
@@ -145,6 +175,13 @@ class Meter:
 
         known = [e.original_ms for e in (*self.table.entries, *self.table.looks) if e.model == self.model]
         return Quiet("original", min(known, default=float("inf")), say=self.say)
+
+    @cached_property
+    def _steady(self) -> Quiet:
+        from deploy.quiet import Quiet
+
+        known = [entry.original_mj for entry in self.table.energies if entry.model == self.model]
+        return Quiet("original", min(known, default=float("inf")), say=self.say, more="more energy")
 
     @cached_property
     def _original(self) -> _Artifact:
@@ -307,6 +344,16 @@ class _Bench:
                 opened.callback(runner.close)
             found = latency.measure(runners, self.shapes, self.place.batch, REPEATS, SECONDS, clock=clock)
         return found.quick_ms
+
+    def energies(self, artifacts: Mapping[str, _Artifact], counter: Counter) -> dict[str, float]:
+        """Millijoules of one call by name, taken in turns."""
+        from deploy import energy
+
+        with ExitStack() as opened:
+            runners = {name: self.open(artifact) for name, artifact in artifacts.items()}
+            for runner in runners.values():
+                opened.callback(runner.close)
+            return energy.per_call(runners, self.shapes, self.place.batch, counter)
 
     def profile(self, artifact: _Artifact) -> Profile:
         """Its layers; more runs where something else disturbed the first ones. Raises ModelError for a runner

@@ -347,7 +347,7 @@ def _around(work: Work, name: str) -> dict[str, Callable[[], Any]]:
         found["weights"] = lambda: _weights_hash(work)
     if name == "prune":
         found["align"] = lambda: work.align
-        if work.config.budget is not None and work.config.budget.has_latency:
+        if work.config.budget is not None and work.config.budget.is_measured:
             found["place"] = lambda: asdict(setting_of(aim.place(work.config)))
     if name == "report":
         found["targets"] = lambda: measuring.hashes(work.run)

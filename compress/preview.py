@@ -58,7 +58,8 @@ def _plan(work: Work, traced: Traced) -> dict[str, Any]:
     _, cut_plan = cut(traced.net, cmap, keep)
     model, counts = where.cost, class_counts(cmap, keep)
     kind, facts = where.target.kind, found.budget
-    asked = facts["latency"]["asked_ratio"] if facts and facts["latency"] else where.target.ratio
+    led = facts and (facts["latency"] or facts["energy"])
+    asked = led["asked_ratio"] if led else where.target.ratio
     floor = where.narrowest
     return {
         "target": {"kind": f"{kind}_ratio", "value": asked},
@@ -88,7 +89,7 @@ class _Chosen:
 
 
 def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) -> _Chosen:
-    """The selection, to the ratio of `prune` or to the budgets; one of latency is measured."""
+    """The selection, to the ratio of `prune` or to the budgets; one of latency or energy is measured."""
     config = work.config
     if config.budget is None:
         where = choices(config.prune, cmap, work.align)

@@ -234,12 +234,15 @@ class BudgetConfig(Section):
 
     latency_ms: Positive | None = Field(default=None, description="largest latency on the target")
     latency_ratio: Ratio | None = Field(default=None, description="or: share of the original's latency")
+    energy_ratio: Ratio | None = Field(
+        default=None, description="or: share of the original's energy per call, by the target's own counter"
+    )
     macs_ratio: Ratio | None = Field(default=None, description="and: share of multiply-adds kept")
     params_ratio: Ratio | None = Field(default=None, description="and: share of parameters kept")
     memory_ratio: Ratio | None = Field(
         default=None, description="and: share kept of the activations that lie in memory at once"
     )
-    target: Name | None = Field(default=None, description="where the latency is measured; null: bench.target")
+    target: Name | None = Field(default=None, description="where that is measured; null: bench.target")
     batch: Count | None = Field(
         default=None, description="at which batch size; null: gates.batch, or the largest of bench.batches"
     )
@@ -249,18 +252,24 @@ class BudgetConfig(Section):
 
     @model_validator(mode="after")
     def _something_is_asked(self) -> BudgetConfig:
-        if self.latency_ms is not None and self.latency_ratio is not None:
-            raise fault("give only one of latency_ms and latency_ratio; found both", place=("latency_ratio",))
-        asked = (self.latency_ms, self.latency_ratio, self.macs_ratio, self.params_ratio, self.memory_ratio)
-        if all(value is None for value in asked):
-            limits = "latency_ms, latency_ratio, macs_ratio, params_ratio or memory_ratio"
+        measured = [key for key in ("latency_ms", "latency_ratio", "energy_ratio") if getattr(self, key)]
+        if len(measured) > 1:
+            what = "give only one of latency_ms, latency_ratio and energy_ratio"
+            raise fault(f"{what}; found {' and '.join(measured)}", place=(measured[-1],))
+        if not (measured or self.macs_ratio or self.params_ratio or self.memory_ratio):
+            limits = "latency_ms, latency_ratio, energy_ratio, macs_ratio, params_ratio or memory_ratio"
             raise fault("must name a limit", f"give {limits}")
         return self
 
     @property
     def has_latency(self) -> bool:
-        """Whether something has to be measured."""
+        """Whether it limits latency."""
         return self.latency_ms is not None or self.latency_ratio is not None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it limits what has to be measured on the target."""
+        return self.has_latency or self.energy_ratio is not None
 
 
 class ExportConfig(Section):

@@ -225,15 +225,16 @@ def show_plan(console: Console, found: Data) -> None:
     words = {"macs": "MACs", "params": "parameters", "memory": "peak activation memory"}
     kind = words.get(kind, kind)
     least = measured(found.get("least"), lambda x: percent(x, 1))
-    latency = section(section(found, "budget"), "latency")
+    budget = section(found, "budget")
+    looks = looked_at(budget)
     if found.get("reachable"):
         said = f"{percent(value, 1)} of the {kind} can be kept (the least possible is {least})"
         verdict_line(console, "ok", said)
-    elif rows(latency, "looks"):
+    elif looks.rows:
         verdict_line(console, "fail", f"{percent(value, 1)} of the {kind}: no width allowed comes near it")
     else:
         verdict_line(console, "fail", f"{percent(value, 1)} of the {kind} is out of reach: {least} must stay")
-    for said in (*sentences(latency), *memory_said(section(found, "budget"))):
+    for said in (*sentences(budget), *memory_said(budget)):
         line(console, said)
     units = section(found, "units")
     facts = [
@@ -242,7 +243,6 @@ def show_plan(console: Console, found: Data) -> None:
         ("  units", f"{count(units.get('total'))} → {count(units.get('kept'))}", ""),
     ]
     print_table(console, ("", "", ""), facts)
-    looks = looked_at(latency)
     titled(console, "networks measured on the way", looks.headers, looks.rows, right=range(6))
     layers = [
         (

@@ -327,8 +327,9 @@ def _prune(work: Work, traced: Traced) -> Done:
         text = f"MACs {step.macs_ratio:.1%}  units {step.units_kept}/{cmap.units}"
         if step.memory_ratio is not None:
             text = f"memory {step.memory_ratio:.1%}  {text}"
-        if step.latency_ratio is not None:
-            text = f"latency {step.latency_ratio:.1%}  {text}"
+        if where.measured is not None:
+            kind = where.measured.kind
+            text = f"{kind} {step.left(kind, cmap.units):.1%}  {text}"
         work.events.progress("prune", min(1 - ratio, 1 - target), 1 - target, text)
 
     pruned = prune_loop(
@@ -343,7 +344,7 @@ def _prune(work: Work, traced: Traced) -> Done:
 
 
 def _budgeted(work: Work, traced: Traced, cmap: ChannelMap) -> Budgeted | None:
-    """The config's budgets, measured where they ask for latency."""
+    """The config's budgets, with the target measured where they ask for latency or energy."""
     if work.config.budget is None:
         return None
 
@@ -374,8 +375,8 @@ def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, fa
             )
     counts = class_counts(cmap, pruned.keep)
     kind, value, align = where.target.kind, where.target.ratio, work.align
-    if kind == "latency":
-        value = facts["budget"]["latency"]["asked_ratio"]
+    if where.measured is not None:
+        value = facts["budget"][kind]["asked_ratio"]
     document = {
         "criterion": work.config.prune.criterion,
         "target": {"kind": f"{kind}_ratio", "value": value},
@@ -399,7 +400,7 @@ def _write_pruned(work: Work, cmap: ChannelMap, where: Space, pruned: Pruned, fa
     outputs = [*work.save(dense, "pruned"), work.write("plan.json", plan.to_json())]
     outputs.append(_write_optimizer(work, pruned.optimizer, plan))
     outputs.append(work.write("prune.json", document))
-    if facts["budget"] is not None and facts["budget"]["latency"] is not None:
+    if where.measured is not None:
         outputs.append(TABLE)
     costs = _costs(cmap, counts)
     macs, params = (costs[kind]["after"] / costs[kind]["before"] for kind in ("macs", "params"))

@@ -1,25 +1,49 @@
-"""Budgets, for people: the latency that was asked for, predicted and measured, and the memory."""
+"""Budgets, for people: the latency or energy that was asked for, predicted and measured, and the memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from deploy.tables import Table
-from deploy.values import count, measured, milliseconds, number, percent, rows, section, text
+from deploy.values import count, measured, millijoules, milliseconds, number, percent, rows, section, text
 
 
-def table(latency: Mapping[str, Any]) -> Table:
+@dataclass(frozen=True)
+class _Led:
+    """What led the run: its section of the budget, what the unpruned network takes of it, in which unit."""
+
+    facts: Mapping[str, Any]
+    whole: float | None
+    shown: Callable[[float], str]
+    is_energy: bool = False
+
+    @classmethod
+    def of(cls, budget: Mapping[str, Any]) -> _Led:
+        energy, latency = section(budget, "energy"), section(budget, "latency")
+        if energy:
+            return cls(energy, number(energy.get("original_mj")), millijoules, is_energy=True)
+        return cls(latency, number(latency.get("original_ms")), milliseconds)
+
+    def part(self, ratio: object) -> str:
+        """So much of it; a share where the whole is not known."""
+        whole = self.whole
+        return measured(ratio, _share if whole is None else lambda x: self.shown(x * whole))
+
+
+def table(budget: Mapping[str, Any]) -> Table:
     """Every network that was measured on the way; the last is the one that was taken, if it was measured.
 
     Predicted is by the model as it was fitted, without what the networks before have corrected.
     """
-    whole, looks = number(latency.get("original_ms")), rows(latency, "looks")
-    last = len(looks) if number(latency.get("measured_ratio")) is not None else 0
+    led = _Led.of(budget)
+    looks = rows(led.facts, "looks")
+    last = len(looks) if number(led.facts.get("measured_ratio")) is not None else 0
     body = []
     for which, look in enumerate(looks, start=1):
         asked, found = number(look.get("asked")), number(look.get("measured"))
-        shown = (_ms(look.get(key), whole) for key in ("asked", "predicted", "measured"))
+        shown = (led.part(look.get(key)) for key in ("asked", "predicted", "measured"))
         off = percent(found / asked - 1, 1) if asked and found is not None else ""
         taken = "taken" if which == last else "on the way" if look.get("on_the_way", True) else "tried"
         body.append((count(which), *shown, measured(found, _share), off, taken))
@@ -27,14 +51,17 @@ def table(latency: Mapping[str, Any]) -> Table:
     return Table(headers, "rrrrrrt", tuple(body))
 
 
-def sentences(latency: Mapping[str, Any]) -> list[str]:
+def sentences(budget: Mapping[str, Any]) -> list[str]:
     """What was asked for where, whether it was met, and how far the model was off; none without a budget."""
-    if not latency:
+    led = _Led.of(budget)
+    if not led.facts:
         return []
-    asked, whole = (measured(latency.get(key), milliseconds) for key in ("asked_ms", "original_ms"))
-    ratio = measured(latency.get("asked_ratio"), _share)
-    said = f"Asked for: {asked}, {ratio} of the original's {whole}, on {place(latency)}."
-    return [said, _outcome(latency), _model(latency)]
+    asked, ratio = led.part(led.facts.get("asked_ratio")), measured(led.facts.get("asked_ratio"), _share)
+    whole = measured(led.whole, led.shown) + (" a call" if led.is_energy else "")
+    said = f"Asked for: {asked}, {ratio} of the original's {whole}, on {place(led.facts)}"
+    if led.is_energy:
+        said += f", by {text(led.facts.get('counter'))}"
+    return [f"{said}.", _outcome(led), _model(led)]
 
 
 def memory_said(budget: Mapping[str, Any]) -> list[str]:
@@ -61,14 +88,13 @@ def place(latency: Mapping[str, Any]) -> str:
     return f"{text(latency.get('target'))} ({', '.join(how)})"
 
 
-def _outcome(latency: Mapping[str, Any]) -> str:
+def _outcome(led: _Led) -> str:
     """How near the network that was taken comes to what was asked."""
-    whole = number(latency.get("original_ms"))
-    asked, found = number(latency.get("asked_ratio")), number(latency.get("measured_ratio"))
+    asked, found = number(led.facts.get("asked_ratio")), number(led.facts.get("measured_ratio"))
     if not asked or found is None:
         return "The network that pruning ends with was not measured there."
-    off, within = found / asked - 1, number(latency.get("within")) or 0.0
-    took = f"The network that was taken takes {_ms(found, whole)} there"
+    off, within = found / asked - 1, number(led.facts.get("within")) or 0.0
+    took = f"The network that was taken takes {led.part(found)} there"
     if abs(off) <= within:
         return f"{took}, within {percent(within, 0)} of it."
     if off < 0:
@@ -76,16 +102,13 @@ def _outcome(latency: Mapping[str, Any]) -> str:
     return f"{took}, {percent(off, 1)} more than asked."
 
 
-def _model(latency: Mapping[str, Any]) -> str:
-    fitted = f"The latency model is fitted to {count(latency.get('networks'))} measured networks"
-    error = number(latency.get("model_error"))
+def _model(led: _Led) -> str:
+    fitted = f"The latency model is fitted to {count(led.facts.get('networks'))} measured networks"
+    fitted += ", and energy is taken to go with it" if led.is_energy else ""
+    error = number(led.facts.get("model_error"))
     if error is None:
         return f"{fitted}, too few to say how far it is off."
     return f"{fitted}; at one that is left out it is {percent(error, 1)} off (root mean square)."
-
-
-def _ms(ratio: object, whole: float | None) -> str:
-    return measured(ratio, _share if whole is None else lambda x: milliseconds(x * whole))
 
 
 def _share(value: float) -> str:

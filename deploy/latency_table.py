@@ -68,14 +68,30 @@ class Entry:
         return self.ms / self.original_ms
 
 
+@dataclass(frozen=True)
+class Energy:
+    """What a call of one network took of its device's energy, and one of the unpruned one beside it."""
+
+    model: str
+    counts: tuple[int, ...]
+    mj: float
+    original_mj: float
+
+    @property
+    def ratio(self) -> float:
+        """Energy over that of the unpruned network."""
+        return self.mj / self.original_mj
+
+
 @dataclass
 class Table:
     """Entries of one setting, in the order they were measured. looks: at networks that a model fitted to the
-    entries had chosen; apart, so that the same entries give the same model again."""
+    entries had chosen; apart, so that the same entries give the same model again. energies: of such."""
 
     setting: Setting
     entries: list[Entry] = field(default_factory=list)
     looks: list[Entry] = field(default_factory=list)
+    energies: list[Energy] = field(default_factory=list)
 
     def of(self, model: str) -> list[Entry]:
         """The entries of one architecture."""
@@ -86,19 +102,34 @@ class Table:
         known = (*self.entries, *self.looks)
         return next((e for e in known if e.model == model and e.counts == tuple(counts)), None)
 
+    def energy(self, model: str, counts: Sequence[int]) -> Energy | None:
+        """The energy of this very network."""
+        own = (e for e in self.energies if e.model == model and e.counts == tuple(counts))
+        return next(own, None)
+
     def add(self, other: Table) -> bool:
         """Take over what another table of the same setting has more, looks among the entries."""
-        before = len(self.entries)
+        before = len(self.entries) + len(self.energies)
         for entry in (*other.entries, *other.looks):
             if self.find(entry.model, entry.counts) is None:
                 self.entries.append(entry)
-        return len(self.entries) > before
+        for energy in other.energies:
+            if self.energy(energy.model, energy.counts) is None:
+                self.energies.append(energy)
+        return len(self.entries) + len(self.energies) > before
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         entries, looks = ([_plain(entry) for entry in own] for own in (self.entries, self.looks))
         setting = asdict(self.setting)
-        return {"schema_version": SCHEMA_VERSION, "setting": setting, "entries": entries, "looks": looks}
+        energies = [asdict(energy) for energy in self.energies]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "setting": setting,
+            "entries": entries,
+            "looks": looks,
+            "energies": energies,
+        }
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -120,6 +151,7 @@ def read(path: Path, setting: Setting | None = None) -> Table:
             raise ValueError(f"schema_version {document['schema_version']}")
         found = Setting(**document["setting"])
         entries, looks = ([_entry(entry) for entry in document[key]] for key in ("entries", "looks"))
+        energies = [_energy(entry) for entry in document.get("energies", ())]
     except OSError as error:
         raise ArtifactError(f"cannot read it: {error.strerror}", path.name, "check the path") from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
@@ -128,7 +160,7 @@ def read(path: Path, setting: Setting | None = None) -> Table:
     if setting is not None and (differs := setting.differs(found)):
         fix = "give another file, or none: then it is measured here"
         raise MeasureError(f"was measured elsewhere: {differs}", path.name, fix)
-    return Table(found, entries, looks)
+    return Table(found, entries, looks, energies)
 
 
 def _said(error: Exception) -> str:
@@ -136,18 +168,25 @@ def _said(error: Exception) -> str:
 
 
 def _entry(entry: Mapping[str, Any]) -> Entry:
-    rows = tuple(Row(str(n), str(k), (int(a), int(b)), _time(ms)) for n, k, a, b, ms in entry["rows"])
+    rows = tuple(Row(str(n), str(k), (int(a), int(b)), _number(ms)) for n, k, a, b, ms in entry["rows"])
     counts = tuple(int(n) for n in entry["counts"])
-    times = (_time(entry[key]) for key in ("ms", "original_ms", "outside_ms"))
+    times = (_number(entry[key]) for key in ("ms", "original_ms", "outside_ms"))
     ms, original_ms, outside_ms = times
     if ms == 0 or original_ms == 0:
         raise ValueError("a network that takes no time")
     return Entry(str(entry["model"]), counts, ms, original_ms, outside_ms, rows)
 
 
-def _time(value: Any) -> float:
+def _energy(entry: Mapping[str, Any]) -> Energy:
+    mj, original_mj = (_number(entry[key], "energy in mJ") for key in ("mj", "original_mj"))
+    if mj == 0 or original_mj == 0:
+        raise ValueError("a network that takes no energy")
+    return Energy(str(entry["model"]), tuple(int(n) for n in entry["counts"]), mj, original_mj)
+
+
+def _number(value: Any, what: str = "time in ms") -> float:
     if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError(f"{value!r} is no time in ms")
+        raise ValueError(f"{value!r} is no {what}")
     return float(value)
 
 

@@ -22,12 +22,13 @@ PATIENCE = 60.0
 @dataclass
 class Quiet:
     """fastest_ms: of the network called `reference` so far; patience: seconds that may still be waited; say:
-    gets a line whenever waiting begins."""
+    gets a line whenever waiting begins. Energy is waited for as latency is; more: of it, in that line."""
 
     reference: str
     fastest_ms: float = float("inf")
     patience: float = PATIENCE
     say: Callable[[str], None] = lambda text: None
+    more: str = "longer"
 
     def __call__(self, timed: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What `timed` gives (milliseconds by name) while the reference is as fast as it was before.
@@ -51,6 +52,5 @@ class Quiet:
         return best
 
     def _tell(self, slower: float) -> None:
-        self.say(
-            f"waiting for a quiet machine: the {self.reference} network takes {slower:.0%} longer than before"
-        )
+        takes = f"the {self.reference} network takes {slower:.0%} {self.more} than before"
+        self.say(f"waiting for a quiet machine: {takes}")

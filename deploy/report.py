@@ -93,7 +93,6 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
     gates, provenance = rows(results, "gates"), section(results, "provenance")
     profile = section(results, "profile")
     budget = section(section(results, "pruning"), "budget")
-    latency = section(budget, "latency")
     verdict = _verdict(gates)
     config = provenance.get("config")
     return {
@@ -125,8 +124,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "thinnest": _thinnest(results),
         "pruning": " ".join([tables.pruning_facts(results), *budget_view.memory_said(budget)]),
         "pruning_history": tables.pruning_history(results),
-        "budget": budget_view.table(latency),
-        "budget_said": budget_view.sentences(latency),
+        "budget": budget_view.table(budget),
+        "budget_said": budget_view.sentences(budget),
         "stages": [
             (name, title, tables.epochs(results, name))
             for name, title in (("train", "Training before pruning"), ("finetune", "Fine-tuning"))

@@ -275,10 +275,12 @@ def pruning_history(results: Mapping[str, Any]) -> Table:
     """The numbers behind the pruning chart."""
     body, history = [], rows(section(results, "pruning"), "history")
     kept = {"macs_ratio": "MACs kept", "params_ratio": "Parameters kept"}
-    if any(row.get("latency_ratio") is not None for row in history):
-        kept["latency_ratio"] = "Latency kept, predicted"
-    if any(row.get("memory_ratio") is not None for row in history):
-        kept["memory_ratio"] = "Peak activations kept"
+    asked = {
+        "latency_ratio": "Latency kept, predicted",
+        "energy_ratio": "Energy kept, predicted",
+        "memory_ratio": "Peak activations kept",
+    }
+    kept |= {key: said for key, said in asked.items() if any(row.get(key) is not None for row in history)}
     for row in history:
         counts = [count(row.get(key)) for key in ("step", "minibatches", "units_kept")]
         shares = [measured(row.get(key), percent) for key in kept]

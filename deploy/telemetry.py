@@ -57,14 +57,8 @@ class Telemetry:
         self.samples: list[Sample] = []
 
     def __enter__(self) -> Telemetry:
-        self._nvml = self._nvml or _nvml()
-        if self._nvml is None:
-            return self
-        try:
-            self._nvml.nvmlInit()
-        except self._nvml.NVMLError:
-            return self
-        self._handle = self._find()
+        self._nvml = self._nvml or nvml_module()
+        self._handle = device(self._nvml, self._uuid) if self._nvml is not None else None
         if self._handle is not None:
             self._thread = threading.Thread(target=self._watch, name="telemetry", daemon=True)
             self._thread.start()
@@ -78,15 +72,6 @@ class Telemetry:
             self._thread.join()
             self._nvml.nvmlShutdown()
 
-    def _find(self) -> Any:
-        try:
-            if self._uuid:
-                return self._nvml.nvmlDeviceGetHandleByUUID(self._uuid)
-            return self._nvml.nvmlDeviceGetHandleByIndex(0)
-        except self._nvml.NVMLError:
-            self._nvml.nvmlShutdown()
-            return None
-
     def _watch(self) -> None:
         while True:
             self.samples.append(look(self._nvml, self._handle))
@@ -98,12 +83,27 @@ class Telemetry:
         return summarize(self.samples, self._nvml) if self.samples else None
 
 
-def _nvml() -> Any:
+def nvml_module() -> Any:
+    """NVML's Python module, None where it is not installed."""
     try:
         import pynvml
     except ImportError:
         return None
     return pynvml
+
+
+def device(nvml: Any, uuid: str = "") -> Any:
+    """A GPU's handle, by its UUID as the driver has it, "" for the first; None where the driver has none.
+    NVML is initialised where there is one."""
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(uuid) if uuid else nvml.nvmlDeviceGetHandleByIndex(0)
+    except nvml.NVMLError:
+        nvml.nvmlShutdown()
+        return None
 
 
 def current_gpu() -> str:

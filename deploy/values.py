@@ -75,6 +75,11 @@ def milliseconds(value: float) -> str:
     return significant(value) + NBSP + "ms"
 
 
+def millijoules(value: float) -> str:
+    """An energy: "1.234 mJ"."""
+    return significant(value) + NBSP + "mJ"
+
+
 def times(ratio: float) -> str:
     """A ratio: "1.97×"."""
     return significant(ratio, 3) + "×"

@@ -43,7 +43,7 @@ def plain(said: str) -> str:
 
 
 def test_what_was_asked_and_what_came_of_it() -> None:
-    asked, outcome, model = map(plain, budget_view.sentences(LATENCY))
+    asked, outcome, model = map(plain, budget_view.sentences({"latency": LATENCY}))
     place = "cpu-ort (onnxruntime 1.23, fp32, batch 8, 1 thread, a CPU)"
     assert asked == f"Asked for: 12.00 ms, 60.0 % of the original's 20.00 ms, on {place}."
     assert outcome == "The network that was taken takes 12.12 ms there, within 3 % of it."
@@ -51,22 +51,28 @@ def test_what_was_asked_and_what_came_of_it() -> None:
         "The latency model is fitted to 9 measured networks; at one that is left out it is"
     )
     assert model.endswith("it is 4.3 % off (root mean square).")
-    first, last = ([plain(cell) for cell in row] for row in budget_view.table(LATENCY).rows)
+    first, last = ([plain(cell) for cell in row] for row in budget_view.table({"latency": LATENCY}).rows)
     assert first == ["1", "12.00 ms", "11.80 ms", "13.80 ms", "69.0 %", "15.0 %", "on the way"]
     assert last == ["2", "12.00 ms", "11.90 ms", "12.12 ms", "60.6 %", "1.0 %", "taken"]
 
 
 def test_what_is_not_known_is_said() -> None:
     assert budget_view.sentences({}) == []
-    _, outcome, model = budget_view.sentences(LATENCY | {"measured_ratio": None, "model_error": None})
+    _, outcome, model = budget_view.sentences(
+        {"latency": LATENCY | {"measured_ratio": None, "model_error": None}}
+    )
     assert outcome == "The network that pruning ends with was not measured there."
     assert model.endswith("too few to say how far it is off.")
-    assert {row[-1] for row in budget_view.table(LATENCY | {"measured_ratio": None}).rows} == {"on the way"}
+    assert {row[-1] for row in budget_view.table({"latency": LATENCY | {"measured_ratio": None}}).rows} == {
+        "on the way"
+    }
     missed = LATENCY | {"measured_ratio": 0.69}
-    assert plain(budget_view.sentences(missed)[1]).endswith("takes 13.80 ms there, 15.0 % more than asked.")
+    assert plain(budget_view.sentences({"latency": missed})[1]).endswith(
+        "takes 13.80 ms there, 15.0 % more than asked."
+    )
     faster = LATENCY | {"measured_ratio": 0.3}
     said = "takes 6.000 ms there, 50.0 % less than asked: the widths allowed have nothing nearer."
-    assert plain(budget_view.sentences(faster)[1]).endswith(said)
+    assert plain(budget_view.sentences({"latency": faster})[1]).endswith(said)
 
 
 def test_the_report_has_a_section_where_there_is_a_budget() -> None:
@@ -144,6 +150,7 @@ def test_a_plan_under_budgets_without_latency(tmp_path: Path) -> None:
         "asked": {"macs_ratio": 0.7, "params_ratio": 0.5},
         "gap": None,
         "latency": None,
+        "energy": None,
         "memory": None,
     }
     assert found["macs"]["after"] <= 0.7 * found["macs"]["before"]

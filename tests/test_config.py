@@ -353,13 +353,13 @@ def test_an_override_may_mend_the_file() -> None:
         ),
         (
             "budget: {latency_ms: 2, latency_ratio: 0.5}",
-            "compress.yaml:4:40 budget.latency_ratio: give only one of latency_ms and latency_ratio; "
-            "found both",
+            "compress.yaml:4:40 budget.latency_ratio: give only one of latency_ms, latency_ratio and "
+            "energy_ratio; found latency_ms and latency_ratio",
         ),
         (
             "budget: {batch: 1}",
-            "compress.yaml:4:9 budget: must name a limit; give latency_ms, latency_ratio, macs_ratio, "
-            "params_ratio or memory_ratio",
+            "compress.yaml:4:9 budget: must name a limit; give latency_ms, latency_ratio, energy_ratio, "
+            "macs_ratio, params_ratio or memory_ratio",
         ),
         (
             "budget: {memory_ratio: 1}",

@@ -360,7 +360,8 @@ class TestBudgeted:
         assert (found.measure, found.latency, Bench.measured) == (None, None, [])
         keep, reached, looks = chosen(found, np.random.default_rng(0).random(map_of().units))
         assert found.as_dict(keep, (), None, 0.1) == {
-            "asked": {"macs_ratio": 0.5, "params_ratio": 0.6}, "gap": 0.1, "latency": None, "memory": None,
+            "asked": {"macs_ratio": 0.5, "params_ratio": 0.6}, "gap": 0.1, "latency": None, "energy": None,
+            "memory": None,
         }  # fmt: skip
         assert (reached, looks) == (True, ())
         assert found.where.cost.ratio("params", class_counts(map_of(), keep)) <= 0.6
