@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from compress import config, files
-from compress.errors import ConfigError
+from compress.errors import ConfigError, TargetError
 from deploy import budget_view, energy, telemetry
 from deploy.energy import CpuCounter, GpuCounter, open_counter, per_call
-from deploy.errors import ArtifactError, DeployError, MeasureError, RunnerError
+from deploy.errors import ArtifactError, MeasureError, RunnerError
 from deploy.latency_table import Energy, Setting, Table, read
 from tests.pipelines import CONFIG, Silent, start
 from tests.runner_doubles import Idle
@@ -240,7 +240,9 @@ def test_without_a_counter_it_ends_before_it_begins(tmp_path: Path, monkeypatch:
     text = CONFIG.replace("macs_ratio: 0.6, ", "")
     (tmp_path / "compress.yaml").write_text(text + "budget: {energy_ratio: 0.6}\n")
     events = Silent()
-    with pytest.raises(DeployError, match=r"^energy: this machine has no energy counter") as caught:
+    with pytest.raises(
+        TargetError, match=r"^budget\.energy_ratio: this machine has no energy counter"
+    ) as caught:
         start(tmp_path, events=events)
     assert caught.value.exit_code == 6
     assert events.stages == []
