@@ -185,19 +185,24 @@ def check(config: Config, *, here: bool, prunes: bool = False) -> None:
 
 def _check_budget(config: Config, *, prunes: bool) -> None:
     """Raises where what a budget asks for cannot be measured; prunes: here."""
-    from deploy import energy
-    from deploy.errors import RunnerError
-
     budget = config.budget
     if budget is None or not budget.is_measured:
         return
     at = place(config)
     check_place(at, "budget.target", here=prunes)
     if prunes and budget.energy_ratio is not None:
-        try:
-            energy.open_counter(gpu=bool(at.target.gpu))
-        except RunnerError as error:
-            raise TargetError(error.what, "budget.energy_ratio", error.fix) from None
+        _check_counter(at)
+
+
+def _check_counter(at: Place) -> None:
+    """Raises where this machine does not count the energy of the place's device."""
+    from deploy import energy
+    from deploy.errors import RunnerError
+
+    try:
+        energy.open_counter(gpu=bool(at.target.gpu))
+    except RunnerError as error:
+        raise TargetError(error.what, "budget.energy_ratio", error.fix) from None
 
 
 def check_place(at: Place, where: str, *, here: bool, when: str = "while pruning", do: str = "prune") -> None:

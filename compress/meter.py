@@ -171,17 +171,19 @@ class Meter:
 
     @cached_property
     def _quiet(self) -> Quiet:
-        from deploy.quiet import Quiet
-
         known = [e.original_ms for e in (*self.table.entries, *self.table.looks) if e.model == self.model]
-        return Quiet("original", min(known, default=float("inf")), say=self.say)
+        return self._as_quiet_as(known, "longer")
 
     @cached_property
     def _steady(self) -> Quiet:
+        known = [entry.original_mj for entry in self.table.energies if entry.model == self.model]
+        return self._as_quiet_as(known, "more energy")
+
+    def _as_quiet_as(self, known: Sequence[float], more: str) -> Quiet:
+        """Waits while the unpruned network takes more than the least known of it."""
         from deploy.quiet import Quiet
 
-        known = [entry.original_mj for entry in self.table.energies if entry.model == self.model]
-        return Quiet("original", min(known, default=float("inf")), say=self.say, more="more energy")
+        return Quiet("original", min(known, default=float("inf")), say=self.say, more=more)
 
     @cached_property
     def _original(self) -> _Artifact:
