@@ -1,6 +1,6 @@
 """Accuracy at equal measured latency on CIFAR-10: what is gained by choosing widths by latency.
 
-    COMPRESS_DATA=... python benchmarks/latency_accuracy.py [--peer-python PYTHON] [--seeds 3]
+    COMPRESS_DATA=... python benchmarks/latency_accuracy.py [--peer-python PYTHON] [--seeds 0 1 2]
         [--models resnet20 mobilenet] [--epochs 1] [--only NAME ...]
 
 One network, data, budget of minibatches and fine-tuning for all, as in `accuracy.py`. "latency" asks for the
@@ -173,7 +173,7 @@ def main() -> None:
     )
     parser.add_argument("--peer-python", default="")
     parser.add_argument("--models", nargs="+", default=["resnet20", "mobilenet"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME")
     options = parser.parse_args()
@@ -181,7 +181,7 @@ def main() -> None:
     if options.peer_python:
         runs.append((PEER_NAME, "taylor"))
     rows = known_rows(RESULT)
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         for model in options.models:
             for tool, criterion in runs:
                 mine = (model, tool, criterion, seed)
