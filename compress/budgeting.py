@@ -21,7 +21,7 @@ from compress.cost import class_counts, cost_model
 from compress.errors import CompressError, ConfigError, ModelError
 from compress.latency import LatencyModel
 from compress.memory import points
-from compress.meter import Meter, Note, Say, setting_of
+from compress.meter import SILENT, Listener, Meter, setting_of
 from compress.select import Space, Target, check_reachable, levels_of
 from compress.trace import GraphNet
 
@@ -118,8 +118,7 @@ def budgeted(
     *,
     run: Path | None,
     folder: Path,
-    progress: Note = lambda done, of, text: None,
-    say: Say = lambda text: None,
+    listener: Listener = SILENT,
 ) -> Budgeted:
     """The budgets of an aimed config. run: where to keep what is measured, None to share it only.
 
@@ -135,9 +134,7 @@ def budgeted(
         cost = replace(cost, memory=points(net, cmap, example))
     if budget.is_measured:
         at = aim.place(config)
-        found = measured(
-            config, at, net, cmap, levels, example, run=run, folder=folder, progress=progress, say=say
-        )
+        found = measured(config, at, net, cmap, levels, example, run=run, folder=folder, listener=listener)
         cost = found[1].added_to(cost)
         kind = "energy" if budget.energy_ratio is not None else "latency"
         targets.insert(0, Target(kind, _asked(config, found[1]) * AIM))
@@ -183,8 +180,7 @@ def measured(
     *,
     run: Path | None,
     folder: Path,
-    progress: Note,
-    say: Say,
+    listener: Listener,
     elsewhere: Table | None = None,
 ) -> tuple[Meter, LatencyModel]:
     """The latency model of a network, from the run's own table, the shared one, or measured now.
@@ -206,7 +202,7 @@ def measured(
         if run is not None:
             _begin(path, known, setting)
     distributed.barrier()
-    meter = Meter(net, cmap, levels, example, place, path, block=block, progress=progress, say=say)
+    meter = Meter(net, cmap, levels, example, place, path, block=block, listener=listener)
     if distributed.is_main():
         meter.calibrated()
         if run is not None:

@@ -40,8 +40,17 @@ NARROWEST = 0.2
 REPEATS, SECONDS = 10, 1.0
 RUNS, TRIES = 20, 3
 
-Note = Callable[[int, int, str], None]
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears how measuring goes on. progress: (done, of, text); note: a line, when a quiet machine is
+    waited for."""
+
+    progress: Callable[[int, int, str], None] = lambda done, of, text: None
+    note: Callable[[str], None] = lambda text: None
+
+
+SILENT = Listener()
 
 
 def setting_of(place: Place) -> Setting:
@@ -61,8 +70,7 @@ class Meter:
     """Measures networks cut from one network, and keeps what it measured in a table.
 
     net: unpruned, left as it is. path: the table's file, written after every measurement, so that what was
-    measured is never measured again. table: one of another machine, which has all that `fitted` needs. say:
-    gets a line whenever a quiet machine is waited for.
+    measured is never measured again. table: one of another machine, which has all that `fitted` needs.
     """
 
     def __init__(
@@ -75,15 +83,14 @@ class Meter:
         path: Path,
         *,
         block: int,
-        progress: Note = lambda done, of, text: None,
-        say: Say = lambda text: None,
+        listener: Listener = SILENT,
         table: Table | None = None,
     ) -> None:
         from deploy import latency_table
 
         self.net, self.cmap, self.levels = copy.deepcopy(net).cpu().eval(), cmap, levels
         self.bench, self.path = _Bench(place, example), path
-        self.block, self.progress, self.say = block, progress, say
+        self.block, self.listener = block, listener
         self.table = table or latency_table.read(path, setting_of(place))
         self.model = fingerprint(self.net, cmap)
         self.widths: Widths = widths_of(cmap)
@@ -98,7 +105,7 @@ class Meter:
                 return self.fitted()
         plans = [self.full, *designs(self.levels, NETWORKS)]
         for done, counts in enumerate(plans):
-            self.progress(done, len(plans), "measuring networks of other widths")
+            self.listener.progress(done, len(plans), "measuring networks of other widths")
             self._kept(counts, None, self.table.entries)
         return self.fitted()
 
@@ -183,7 +190,7 @@ class Meter:
         """Waits while the unpruned network takes more than the least known of it."""
         from deploy.quiet import Quiet
 
-        return Quiet("original", min(known, default=float("inf")), say=self.say, more=more)
+        return Quiet("original", min(known, default=float("inf")), say=self.listener.note, more=more)
 
     @cached_property
     def _original(self) -> _Artifact:

@@ -20,7 +20,6 @@ from compress.front import Outlook
 from compress.importance import magnitude_share, scored
 from compress.inspection import build, choices, kept_names, labelled, pinned_rows
 from compress.latency import LatencyModel
-from compress.meter import Note
 from compress.scorers import OF_WEIGHTS, scorer
 from compress.select import Space, levels_of, remove
 from compress.sensitivity import SHARES
@@ -96,16 +95,12 @@ def _chosen(work: Work, traced: Traced, cmap: ChannelMap, scores: np.ndarray) ->
         selection = remove(scores, np.ones(cmap.units, dtype=bool), where)
         return _Chosen(selection.keep, where, selection.reached)
     found = budgeted(
-        config, traced.net, cmap, traced.example, run=None, folder=work.folder, progress=_progress(work),
-        say=work.events.note,
+        config, traced.net, cmap, traced.example, run=None, folder=work.folder,
+        listener=work.listener("latency"),
     )  # fmt: skip
     keep, reached, looks = chosen(found, scores)
     look = looks[-1] if looks else None
     return _Chosen(keep, found.where, reached, found.as_dict(keep, looks, look))
-
-
-def _progress(work: Work) -> Note:
-    return lambda done, total, text: work.events.progress("latency", done, total, text)
 
 
 def front(work: Work, traced: Traced | None, target: str, elsewhere: Table | None = None) -> dict[str, Any]:
@@ -144,7 +139,7 @@ def _front(
     good = levels_of(cmap, targets.resolve_align(at.target), config.prune.min_keep)
     meter, latency = measured(
         config, at, traced.net, cmap, levels, traced.example, run=None, folder=work.folder,
-        progress=_progress(work), say=work.events.note, elsewhere=elsewhere,
+        listener=work.listener("latency"), elsewhere=elsewhere,
     )  # fmt: skip
     if (latency.known_error or 0.0) > DOUBTFUL:
         far = f"{latency.known_error:.0%} off at networks that it has not seen"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ from compress.inspection import (
 from compress.launch import launched
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
+from compress.meter import Listener
 from compress.parts import Whole
 from compress.recalibration import Recalibration
 from compress.select import Space
@@ -84,6 +85,10 @@ class Work:
     def data(self) -> Task:
         """The task as the data give it."""
         return build_task(self.config.data, self.config.model, self.config.seed, self.folder)
+
+    def listener(self, stage: str) -> Listener:
+        """For what is measured within a stage."""
+        return Listener(partial(self.events.progress, stage), self.events.note)
 
     @property
     def task(self) -> Task:
@@ -347,13 +352,9 @@ def _budgeted(work: Work, traced: Traced, cmap: ChannelMap) -> Budgeted | None:
     """The config's budgets, with the target measured where they ask for latency or energy."""
     if work.config.budget is None:
         return None
-
-    def note(done: int, of: int, text: str) -> None:
-        work.events.progress("prune", done, of, text)
-
     return budgeted(
-        work.config, traced.net, cmap, work.example(), run=work.run, folder=work.folder, progress=note,
-        say=work.events.note,
+        work.config, traced.net, cmap, work.example(), run=work.run, folder=work.folder,
+        listener=work.listener("prune"),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from compress.channelmap import channel_map
 from compress.cost import class_counts
 from compress.errors import Interrupted, TargetError
 from compress.loop import Pruned
+from compress.meter import Listener
 from compress.schema import PruneConfig
 from compress.select import Space, Target
 from compress.task import Batch, Evaluation, Task
@@ -209,7 +210,7 @@ def test_a_latency_model_of_this_machine(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     found = budgeted(
         own, traced.net, cmap, traced.example, run=None, folder=tmp_path,
-        progress=lambda done, of, text: seen.append((done, of)),
+        listener=Listener(lambda done, of, text: seen.append((done, of))),
     )  # fmt: skip
     assert seen == [(n, 9) for n in range(9)]
     assert found.latency is not None

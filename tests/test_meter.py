@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,19 @@ from compress.channelmap import ChannelMap, channel_map
 from compress.cost import class_counts
 from compress.errors import CompressError, ConfigError, ModelError
 from compress.latency import LatencyModel
-from compress.meter import NETWORKS, RUNS, TRIES, Meter, _Artifact, _Bench, _run_ms, designs, setting_of
+from compress.meter import (
+    NETWORKS,
+    RUNS,
+    SILENT,
+    TRIES,
+    Listener,
+    Meter,
+    _Artifact,
+    _Bench,
+    _run_ms,
+    designs,
+    setting_of,
+)
 from compress.select import levels_of, widths
 from compress.trace import Traced, trace
 from deploy import latency_table
@@ -219,10 +231,10 @@ def test_designs_are_allowed_widths_always_the_same(allowed: list[np.ndarray], c
             assert len({int(plan[group]) for plan in plans}) > 1
 
 
-def of(
-    text: str, folder: Path, run: Path | None = None, say: Callable[[str], None] = lambda text: None
-) -> Budgeted:
-    return budgeted(read(text), traced().net, map_of(), traced().example, run=run, folder=folder, say=say)
+def of(text: str, folder: Path, run: Path | None = None, listener: Listener = SILENT) -> Budgeted:
+    return budgeted(
+        read(text), traced().net, map_of(), traced().example, run=run, folder=folder, listener=listener
+    )
 
 
 class TestBudgeted:
@@ -230,7 +242,7 @@ class TestBudgeted:
         said: list[str] = []
         monkeypatch.setattr("deploy.quiet.time.sleep", lambda seconds: None)
         monkeypatch.setattr(Bench, "slow_turns", (2, 3))
-        of(RATIO, tmp_path, say=said.append)
+        of(RATIO, tmp_path, listener=Listener(note=said.append))
         assert said == ["waiting for a quiet machine: the original network takes 10% longer than before"]
 
     def test_a_run_shares_what_it_measures(self, tmp_path: Path) -> None:
