@@ -284,6 +284,8 @@ def _walk(work: Work, until: str | None, start: str | None, only: str | None, *,
 def _do(work: Work, name: str, key: str) -> float:
     """Run one stage and commit it; its checkpoints are removed then."""
     work.events.stage(name, "start")
+    if name == "prune":
+        _doubt(work)
     started, clock = datetime.now(UTC), time.monotonic()
     if distributed.any_of(work.should_stop()):
         raise Interrupted(
@@ -304,6 +306,16 @@ def _do(work: Work, name: str, key: str) -> float:
     _await_commit(work, name, key)
     work.events.stage(name, "done", made.detail)
     return seconds
+
+
+def _doubt(work: Work) -> None:
+    """Warn where the original's accuracy will say nothing of what pruning loses."""
+    from deploy import gate
+
+    found = work.read("train.json")["accuracy"]
+    why = gate.untold(found | {"before": found["value"]})
+    if why:
+        work.events.warn(why)
 
 
 def _await_commit(work: Work, name: str, key: str) -> None:

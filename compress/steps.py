@@ -197,7 +197,10 @@ def _own_gpu(device: torch.device) -> torch.device:
 def evaluation(found: Evaluation) -> dict[str, Any]:
     wrong = None if found.correct is None else torch.nonzero(~found.correct).flatten().tolist()
     loss = found.loss if math.isfinite(found.loss) else None
-    return {"metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong}
+    return {
+        "metric": found.metric, "value": found.value, "loss": loss, "n": found.n, "wrong": wrong,
+        "majority": found.majority,
+    }  # fmt: skip
 
 
 def preflight(work: Work, stages: Sequence[str] = STAGES) -> None:

@@ -32,7 +32,8 @@ class Evaluation:
     """How good a model is on one split. ``value``: larger is better, a share of 1 for "top1".
 
     loss: mean over the examples. n: examples. correct: (n,) bool on the CPU, in the split's fixed order, for
-    paired statistics; None when the measure is not a share of right answers.
+    paired statistics; None when the measure is not a share of right answers. majority: what always answering
+    the most frequent class would get; None where that is not known.
     """
 
     metric: str
@@ -40,6 +41,7 @@ class Evaluation:
     loss: float
     n: int
     correct: Tensor | None = None
+    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,15 +226,19 @@ class _Classifying:
         draws, n = list(part.draws(size)), len(part.indices)
         own = range(distributed.rank(), len(draws), distributed.size())
         losses, correct = torch.zeros(len(draws), dtype=torch.float64), torch.zeros(n, dtype=torch.uint8)
+        answers = torch.zeros(n, dtype=torch.int64)
         with eval_mode(model), torch.no_grad():
             for i, batch in zip(own, part.source.batches([draws[i] for i in own]), strict=True):
                 images, labels = move(batch, device)
                 logits = logits_of(model(images))
                 losses[i] = functional.cross_entropy(logits.double(), labels, reduction="sum")
                 correct[i * size : (i + 1) * size] = logits.argmax(1) == labels
+                answers[i * size : (i + 1) * size] = labels
         right = distributed.summed(correct).bool()
         total = sum(distributed.summed(losses).tolist())
-        return Evaluation("top1", float(right.double().mean()), total / n, n, right)
+        answers = distributed.summed(answers)
+        majority = int((answers == answers.mode().values).sum()) / n
+        return Evaluation("top1", float(right.double().mean()), total / n, n, right, majority)
 
     def few(self, n: int) -> Callable[[nn.Module], Evaluation]:
         """`evaluate` on n validation examples, drawn at random but always the same; they stay in memory."""

@@ -90,6 +90,7 @@ def _accuracy(results: Mapping[str, Any], baseline: Mapping[str, Any], tolerated
         "after": now.get("after"),
         "n": min(sizes) if len(sizes) == 2 else None,
         "flips": _flips(now, then),
+        "majority": now.get("majority"),
     }
     advice = "tolerate more: --tolerate accuracy=..."
     return _against(gate.judge_accuracy({"accuracy": pair}, tolerated, GATES[0], advice))

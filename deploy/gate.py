@@ -18,6 +18,7 @@ from deploy.values import (
     metric_word,
     milliseconds,
     number,
+    percent,
     points,
     rows,
     scientific,
@@ -128,6 +129,25 @@ def accuracy_drop(results: Mapping[str, Any]) -> Interval | None:
     return _paired(lost, gained, n)
 
 
+def untold(accuracy: Mapping[str, Any]) -> str:
+    """Why the original's accuracy says nothing of what is lost, and what to look at; "" where it does say.
+
+    What always giving the most frequent answer would get (``majority``, where it is known) has to lie below
+    the 95 % interval of Wilson (1927, doi:10.1080/01621459.1927.10502953).
+    """
+    before, majority = number(accuracy.get("before")), number(accuracy.get("majority"))
+    n = whole_number(accuracy.get("n"))
+    if before is None or majority is None or n is None or n < 1 or not 0 <= before <= 1:
+        return ""
+    z, spread = Z95**2 / n, before * (1 - before) / n
+    low = (before + z / 2 - math.sqrt(Z95**2 * spread + z**2 / 4)) / (1 + z)
+    if low > majority:
+        return ""
+    said = f"the original's {percent(before)} on {n:,} examples cannot be told from always giving the most "
+    said += f"frequent answer ({percent(majority)}): check model.weights, the order of the classes, "
+    return said + "data.mean and data.std, or train it first"
+
+
 def median_interval(samples_ms: Sequence[float], blocks: int) -> Interval | None:
     """The median with an interval that allows for drift: samples in time order, in ``blocks`` stretches.
 
@@ -185,6 +205,9 @@ def judge_accuracy(results: Mapping[str, Any], limit: float, name: str, advice_o
         decided = side(drop.value <= limit + 1e-12)
     if decided == "fail":
         advice = f" Prune less, fine-tune longer, or {advice_of}."
+    why = untold(found)
+    if decided == "pass" and why:
+        decided, advice = "inconclusive", f" But {why}."
     return Gate(name, limit, drop.value, drop.low, drop.high, decided, said + advice)
 
 

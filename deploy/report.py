@@ -232,6 +232,9 @@ def _notes(results: Mapping[str, Any], verdict: str) -> list[str]:
     if isinstance(stated, str) and stated != verdict:
         said = f"The results file says “{stated}”, but its gates say “{verdict}”"
         notes.append(f"{said}. This page follows the gates.")
+    why = gate.untold(section(results, "accuracy"))
+    if why:
+        notes.append(f"{why[:1].upper()}{why[1:]}.")
     parts = ", ".join(map(text, entries(section(results, "model"), "parts")))
     if parts:
         notes.append(

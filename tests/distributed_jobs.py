@@ -122,6 +122,7 @@ def classify(folder: Path) -> Found:
     last = task.evaluate(model, "test")
     assert last.correct is not None
     found = {"correct": last.correct.to(torch.uint8), "loss": torch.tensor(last.loss)}
+    found["majority"] = torch.tensor(last.majority)
     found["history"] = torch.tensor([[e.loss, e.validation, e.validation_loss] for e in done.history])
     return found | {f"model/{n}": t.clone() for n, t in model.state_dict().items()}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from deploy import gate
 from deploy.errors import MeasureError
@@ -147,6 +148,48 @@ def test_the_interval_covers_the_true_drop() -> None:
 )
 def test_accuracy_verdicts(lost: int, gained: int, n: int, limit: float, verdict: str) -> None:
     assert one(accuracy(lost, gained, n, before=0.5), accuracy_drop=limit).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "n", "majority", "verdict"),
+    [
+        (0.08, 600, 0.11, "inconclusive"),  # wrong weights, or the classes in another order
+        (0.12, 600, 0.11, "inconclusive"),  # above, but not by more than chance
+        (0.15, 600, 0.11, "pass"),
+        (0.992, 10_000, 0.99, "pass"),  # a rare class, and enough examples to see that it is found
+        (0.992, 600, 0.99, "inconclusive"),
+        (1.0, 600, 1.0, "inconclusive"),  # one class only
+        (0.08, 600, None, "pass"),  # a measure of one's own
+    ],
+)
+def test_an_accuracy_that_a_constant_answer_has_too_permits_nothing(
+    before: float, n: int, majority: float | None, verdict: str
+) -> None:
+    found = accuracy(0, 0, n, before)
+    found["accuracy"]["majority"] = majority
+    assert one(found, accuracy_drop=0.01).verdict == verdict
+
+
+def test_what_to_look_at_where_a_constant_answer_is_as_good() -> None:
+    found = accuracy(45, 141, 600, before=0.08)
+    found["accuracy"]["majority"] = 0.1083
+    assert one(found, accuracy_drop=0.02).message.endswith(
+        "the limit is 2.00\xa0points. But the original's 8.00\xa0% on 600 examples cannot be told from "
+        "always giving the most frequent answer (10.83\xa0%): check model.weights, the order of the classes, "
+        "data.mean and data.std, or train it first."
+    )
+    found = accuracy(100, 0, 600, before=0.3)
+    found["accuracy"]["majority"] = 0.5
+    assert one(found, accuracy_drop=0.02).verdict == "fail"  # lost is lost
+
+
+@given(st.integers(0, 400), st.integers(1, 400), st.floats(0, 1))
+def test_the_interval_of_a_share_is_that_of_scipy(right: int, n: int, majority: float) -> None:
+    right = min(right, n)
+    low = binomtest(right, n).proportion_ci(0.95, method="wilson").low
+    if abs(low - majority) > 1e-9:
+        told = not gate.untold({"before": right / n, "n": n, "majority": majority})
+        assert told == (low > majority)
 
 
 def test_an_inconclusive_accuracy_says_how_many_examples_resolve_it() -> None:

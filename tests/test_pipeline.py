@@ -274,6 +274,16 @@ def test_a_failed_gate_is_exit_5(finished: Path, tmp_path: Path) -> None:
     assert outcome.results["verdict"] == "fail"
 
 
+def test_an_original_that_knows_nothing_is_told_before_it_is_pruned(tmp_path: Path) -> None:
+    heard = Silent()
+    start(tmp_path, ["train.epochs=0"], until="train", events=heard)
+    assert not heard.seen
+    start(tmp_path, ["train.epochs=0"], until="prune", events=heard)
+    assert heard.seen[0].startswith("the original's ")
+    assert "cannot be told from always giving the most frequent answer (" in heard.seen[0]
+    assert heard.seen[1] == "prune"
+
+
 def test_a_changed_artifact_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     path = tmp_path / "copy" / "run" / "dense.onnx"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from compress.config import DataConfig, ModelConfig
 from compress.errors import CompressError, ConfigError, DataError, ModelError
@@ -160,6 +161,19 @@ class TestEvaluate:
         assert 0.08 < share < 0.13
         log_sum = float(torch.tensor([0.0] * 9 + [2.0]).double().logsumexp(0))
         assert found.loss == pytest.approx(log_sum - 2 * share, abs=1e-6)
+
+    def test_the_majority_is_what_the_best_constant_answer_gets(self) -> None:
+        class Constant(nn.Module):
+            def __init__(self, answer: int) -> None:
+                super().__init__()
+                self.register_buffer("logits", functional.one_hot(torch.tensor(answer), 10).float())
+
+            def forward(self, images: Tensor) -> Tensor:
+                return self.logits.expand(len(images), 10)
+
+        found = [mnist(batch_size=77).evaluate(Constant(answer), "test") for answer in range(10)]
+        assert {one.majority for one in found} == {max(one.value for one in found)}
+        assert sum(one.value for one in found) == pytest.approx(1)
 
     def test_order_is_fixed_whatever_the_batch_size(self) -> None:
         torch.manual_seed(0)
