@@ -1,4 +1,4 @@
-"""What the tests of the core share: models, parameters that hide nothing, masks, masked = dense."""
+"""What the tests share: models, parameters that hide nothing, masks, masked = dense, refusals."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.channelmap import ChannelMap, channel_map
 from compress.cost import class_counts, cost_model
+from compress.errors import CompressError
 from compress.plan import Plan
 from compress.surgery import cut, mask, relative_error
 from compress.trace import GraphNet, Traced, trace
@@ -156,6 +159,31 @@ def free_units(cmap: ChannelMap, name: str, dim: int = 0) -> int:
     """How many different removable units lie on an axis."""
     units = cmap.axes.get((name, dim), np.array([-1]))
     return len(set(units[units >= 0].tolist()))
+
+
+# -- refusals ------------------------------------------------------------------------------------------
+
+
+def refused(kind: type[CompressError], code: int, call: Any, *texts: str) -> str:
+    """``call`` raises ``kind`` with this exit code, in one line that holds every text."""
+    with pytest.raises(kind) as caught:
+        call()
+    line = str(caught.value)
+    assert caught.value.exit_code == code, line
+    assert len(line.splitlines()) == 1
+    for text in texts:
+        assert text in line, line
+    return line
+
+
+class Canary:
+    """Unpickling one creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
 
 
 # -- models --------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from pipelines import LOOKED_AT, Silent
+from report_example import example
 from rich.console import Console
 from test_front import outlook
-from test_report import example
 
 from compress import budgeting, config, pipeline
 from compress.budget import close, corrected

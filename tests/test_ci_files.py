@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from deploy import junit, openmetrics, summary
-from tests.test_report import GATES, HOSTILE, check_markdown, example, judged, light, poisoned
+from tests.report_example import GATES, HOSTILE, example, judged, light, poisoned
+from tests.test_report_bad_results import check_markdown
 
 ALL_SORTS = "".join(map(chr, range(0x20))) + "\x7f\x85\u202e\ufffe\ud800]]>&\"'<\u00e9"
 

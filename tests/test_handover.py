@@ -21,8 +21,8 @@ from compress.handover import hand_over
 from deploy import handover, triton
 from deploy.baseline import Tolerances
 from deploy.errors import ArtifactError, ExportError
+from tests.report_example import GATES, HOSTILE, example, judged, poisoned
 from tests.test_cli import Capture, _here, call, call_json
-from tests.test_report import GATES, HOSTILE, example, judged, poisoned
 
 __all__ = ["_here"]  # a fixture
 

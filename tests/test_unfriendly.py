@@ -1,11 +1,11 @@
-"""Models that are not friendly: each is cut exactly, or refused in one line that names module and source."""
+"""Models with unfriendly inputs, results and tensors: cut exactly, or refused in one line."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +14,12 @@ import torch
 from helpers import Tied, free_units, parameter_count, random_keep, randomise
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 
 import compress
 from compress.channelmap import ChannelMap, channel_map
-from compress.config import ModelConfig
 from compress.errors import CompressError
 from compress.importance import read_gates
-from compress.models import build_model
 from compress.parts import Parts, arguments, trace_parts
 from compress.ports import split
 from compress.surgery import apply_plan, cut, mask
@@ -235,163 +232,6 @@ class TestInputsAndOutputs:
         refused(One(), "test_unfriendly.py:", "One cannot be traced: one at a time", example=X[:1])
 
 
-class TestCode:
-    def test_control_flow_on_data_names_module_and_line(self) -> None:
-        class Branches(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x * 2 if x.mean() > 0 else x
-
-        model = nn.Sequential(Body(), Branches())
-        refused(model, "return x * 2 if x.mean() > 0 else x in module 1", "cannot be traced", "part=...")
-        dense, result = prune(model, part="0")
-        assert isinstance(dense[1], Branches)
-        assert result.whole is not None
-        assert result.whole.passed
-
-    def test_sizes_that_depend_on_data(self) -> None:
-        class Picks(Body):
-            def forward(self, x: Tensor) -> Tensor:
-                return super().forward(x[x[:, 0] > -9])
-
-        refused(
-            Picks(), "return super().forward(x[x[:, 0] > -9])", "the size of its result depends on the data"
-        )
-
-    def test_branches_by_torch_cond(self) -> None:
-        class Cond(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.a, self.b = Body(), Body()
-
-            def forward(self, x: Tensor) -> Any:
-                return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: self.b(y), (x,))
-
-        refused(Cond(), "return torch.cond(x.sum() > 0", "torch.cond cannot be followed", "part=...")
-
-    def test_ops_that_cannot_be_exported(self) -> None:
-        class Numpy(Body):
-            def forward(self, x: Tensor) -> Tensor:
-                return super().forward(torch.from_numpy(x.detach().numpy() * 2))
-
-        refused(Numpy(), "torch.from_numpy(x.detach().numpy() * 2)", "Numpy cannot be traced")
-
-    def test_sparse_tensors(self) -> None:
-        class Graph(Body):
-            def __init__(self) -> None:
-                super().__init__()
-                self.register_buffer("edges", torch.eye(4).to_sparse())
-
-            def forward(self, x: Tensor) -> Tensor:
-                return super().forward(torch.sparse.mm(self.edges, x.t()).t())
-
-        refused(Graph(), "torch.sparse.mm(self.edges, x.t()).t()", "Graph cannot be traced", "_sparse_addmm")
-
-    def test_a_custom_autograd_function(self) -> None:
-        class Straight(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, x: Tensor) -> Tensor:
-                return x.clamp(-1, 1)
-
-            @staticmethod
-            def backward(ctx: Any, gradient: Tensor) -> Tensor:
-                return gradient
-
-        class Model(Body):
-            def forward(self, x: Tensor) -> Any:
-                return self.c(Straight.apply(self.b(torch.tanh(self.a(x)))))
-
-        exact(Model(), X)
-
-    def test_a_custom_operator_pins_its_channels_and_is_not_written_to_a_file(self, tmp_path: Path) -> None:
-        @torch.library.custom_op("unfriendly::twice", mutates_args=())
-        def twice(x: Tensor) -> Tensor:
-            return x * 2
-
-        twice.register_fake(torch.empty_like)
-        twice.register_autograd(lambda ctx, gradient: gradient * 2)
-
-        class Model(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.first, self.last = Body(), Body()
-
-            def forward(self, x: Tensor) -> Any:
-                return self.last(twice(self.first(x)))
-
-        dense, result = prune(Model())
-        assert any("twice has no pruning rule" in pin.reason for pin in result.pinned)
-        with pytest.raises(CompressError, match=r"unfriendly\.twice.* cannot be written to a file") as caught:
-            compress.save(dense, tmp_path / "net", X)
-        assert caught.value.exit_code == 4
-
-    def test_regions_without_gradients(self) -> None:
-        class Frozen(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.teacher, self.body = Body(), Body()
-
-            def forward(self, x: Tensor) -> Tensor:
-                with torch.no_grad():
-                    y = self.teacher(x)
-                return self.body(x) + torch.tanh(y)
-
-        done = exact(Frozen(), X, least=40)
-        gradients = {name: p.grad is not None for name, p in done.dense.named_parameters()}
-        assert {name for name, there in gradients.items() if not there} == {
-            name for name in gradients if name.startswith("teacher.")
-        }
-
-    def test_autocast_inside_the_model(self) -> None:
-        class Mixed(nn.Module):
-            def __init__(self, enabled: bool) -> None:
-                super().__init__()
-                self.body, self.enabled = Body(), enabled
-
-            def forward(self, x: Tensor) -> Tensor:
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
-                    return self.body(x)
-
-        refused(
-            Mixed(True),
-            "test_unfriendly.py:",
-            "in module body.",
-            "runs under torch.autocast inside the model",
-        )
-        exact(Mixed(False), X)
-
-    def test_gradient_checkpointing(self) -> None:
-        class Checkpointed(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.body = Body()
-
-            def forward(self, x: Tensor) -> Any:
-                return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
-
-        exact(Checkpointed(), X)
-
-    def test_buffers_that_forward_changes(self) -> None:
-        class Counts(Body):
-            def __init__(self) -> None:
-                super().__init__()
-                self.register_buffer("calls", torch.zeros(()))
-                self.register_buffer("mean", torch.zeros(4))
-
-            def forward(self, x: Tensor) -> Tensor:
-                self.calls += 1
-                self.mean.mul_(0.5).add_(x.mean(0))
-                return super().forward(x) + self.mean
-
-        model = Counts()
-        dense, result = prune(model)
-        assert result.verification.passed
-        assert model.calls == 0
-        before = dense.get_buffer("calls").item()
-        first, second = dense(X), dense(X)
-        assert dense.get_buffer("calls").item() == before + 2
-        assert not torch.equal(first, second)
-
-
 class TestTensors:
     def test_parameter_lists_and_dictionaries(self) -> None:
         class Lists(nn.Module):
@@ -528,108 +368,6 @@ class TestTensors:
                 return self.b(self.a(x)).sum(1, keepdim=True) + self.a(x).sum(1, keepdim=True)
 
         refused(Sums(), "test_unfriendly.py:", "no prunable channel", "runs over the channels")
-
-
-class TestWrappers:
-    def test_hooks(self) -> None:
-        model = Body()
-        model.a.register_forward_hook(lambda module, given, made: made * 2)
-        model.b.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
-        exact(model, X)
-
-    def test_parametrizations(self) -> None:
-        class Square(nn.Module):
-            def forward(self, weight: Tensor) -> Tensor:
-                return weight * weight.abs()
-
-        model = Body()
-        parametrize.register_parametrization(model.b, "weight", Square())
-        done = exact(model, X)
-        assert "b.parametrizations.weight.original" in done.cmap.parameters
-
-    @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-    def test_norms_of_weights_are_exact_or_pinned(self, norm: Callable[..., Any]) -> None:
-        class Model(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.first, self.last = Body(), Body()
-                norm(self.first.b)
-
-            def forward(self, x: Tensor) -> Tensor:
-                return self.last(torch.tanh(self.first(x)))
-
-        exact(Model(), X)
-
-    def test_old_weight_norm(self) -> None:
-        model = nn.Sequential(Body(), Body())
-        with pytest.warns(FutureWarning):
-            nn.utils.weight_norm(model[0].b)
-        model(X).sum()  # it now remembers a weight that is no leaf
-        _, result = prune(model)
-        assert result.folded == ("0.b.weight",)
-        same, result = prune(model, in_place=True)
-        assert same is model
-        assert result.verification.passed
-        assert model(X).shape == (2, 4)
-
-    def test_data_parallel(self) -> None:
-        dense, result = prune(nn.DataParallel(Body()))
-        assert "a.weight" in result.plan.shapes
-        assert "a.weight" in dict(dense.named_parameters())
-        wrapped = nn.DataParallel(Body())
-        same, _ = prune(wrapped, in_place=True)
-        assert same is wrapped
-        assert wrapped.module.a.out_features < 12
-        assert wrapped(X).shape == (2, 4)
-
-    def test_distributed_data_parallel(self) -> None:
-        from torch import distributed
-
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-        try:
-            _, result = prune(nn.parallel.DistributedDataParallel(Body()))
-        finally:
-            distributed.destroy_process_group()
-        assert "a.weight" in result.plan.shapes
-
-    @pytest.mark.slow
-    def test_compiled_models(self) -> None:
-        model: Any = torch.compile(Body())
-        dense, result = prune(model)
-        assert "a.weight" in result.plan.shapes
-        assert dense(X).shape == (2, 4)
-        done = exact(nn.Sequential(torch.compile(Body()), nn.Linear(4, 3)), X)  # type: ignore[arg-type]
-        assert free_units(done.cmap, "0._orig_mod.a.weight") == 12
-
-    @pytest.mark.parametrize("inside", [False, True])
-    @pytest.mark.parametrize("make", [torch.jit.script, lambda body: torch.jit.trace(body, X)])
-    @pytest.mark.filterwarnings("ignore")  # TorchScript is on its way out
-    def test_torchscript(self, make: Any, inside: bool) -> None:
-        script = make(Body())
-        model = nn.Sequential(Body(), script) if inside else script
-        where = "1: is TorchScript" if inside else "Module: is TorchScript"
-        refused(model, where, "give the Python model it was made from, with the weights of its state_dict()")
-
-    @pytest.mark.filterwarnings("ignore")  # so is this quantization
-    def test_quantized_models(self) -> None:
-        model = torch.ao.quantization.quantize_dynamic(Body(), {nn.Linear})
-        refused(model, "a: is a quantized Linear, which cannot be trained", "prune the float model")
-
-    def test_things_that_are_no_model(self, tmp_path: Path) -> None:
-        refused(Body().state_dict(), "the model is a OrderedDict, not a torch.nn.Module", "load_state_dict")
-        refused(str(tmp_path / "model.pt"), "the model is a str, not a torch.nn.Module")
-
-    @pytest.mark.parametrize("name", ["model.pt", "runs/best.pth", "net.BIN", "weights.safetensors"])
-    def test_pickled_models(self, name: str, tmp_path: Path) -> None:
-        def build(path: str) -> nn.Module:
-            return build_model(ModelConfig(name=path, input_shape=[4]), tmp_path)
-
-        for call in (build, compress.load):
-            with pytest.raises(CompressError) as caught:
-                call(name)
-            assert caught.value.exit_code == 4
-            assert f"{name} is no model: a pickled module or TorchScript is code" in str(caught.value)
-            assert "give the function that builds the model" in str(caught.value)
 
 
 class Pair(NamedTuple):
