@@ -53,6 +53,8 @@ def aimed(config: Config) -> Config:
     own: dict[str, Any] = {
         "runner": gates.runner or (chosen.runner if chosen.runner in runners else runners[-1])
     }
+    if gates.target is None:
+        own["target"] = config.prune.max_accuracy_drop is None and config.prune.max_loss_increase is None
     budget = _budget(config, filled["batches"])
     limits = vars(chosen.budget) | _asked(budget, config)
     for key, limit in limits.items():
@@ -96,16 +98,18 @@ def _batch(config: Config, batches: list[int]) -> int:
 
 
 def _asked(budget: BudgetConfig | None, config: Config) -> dict[str, Any]:
-    """What the gates ask where the budget is for the target that is benched: the same, at the same batch.
-    What the target asks on its own besides still holds."""
+    """What the gates ask where the budget is for the target that is benched: that it is met, at the same
+    batch. What the target asks on its own besides still holds."""
+    from compress.budget import WITHIN
+
     if budget is None or not budget.has_latency or budget.target != config.bench.target:
         return {}
     if config.gates.batch not in (None, budget.batch):
         return {}
     if budget.latency_ms is not None:
-        return {"batch": budget.batch, "latency_ms": budget.latency_ms}
+        return {"batch": budget.batch, "latency_ms": budget.latency_ms * (1 + WITHIN)}
     assert budget.latency_ratio is not None
-    return {"batch": budget.batch, "speedup": 1 / budget.latency_ratio}
+    return {"batch": budget.batch, "speedup": 1 / (budget.latency_ratio * (1 + WITHIN))}
 
 
 def _runners(chosen: Target) -> list[str]:

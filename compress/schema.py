@@ -337,6 +337,9 @@ class BenchConfig(Section):
 class GatesConfig(Section):
     """What must hold before the model may ship; null switches a gate off."""
 
+    target: bool | None = Field(
+        default=None, description="pruning reached its ratio or budget; null: unless prune.max_* may stop it"
+    )
     accuracy_drop: Fraction | None = Field(
         default=0.01, description="largest fall of accuracy, 0.01 is one point"
     )

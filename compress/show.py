@@ -94,6 +94,9 @@ def _figures(results: Data) -> Iterable[tuple[str, str, str]]:
         yield "peak activations", *_change(memory, "B")
     yield "ONNX file", *_change(section(cost, "onnx_bytes"), "B")
     yield "speed", *_speed(results)
+    pruning = section(results, "pruning")
+    if pruning.get("reached") is False:
+        yield "target", "missed", text(pruning.get("stop_reason"), "")
 
 
 def _change(pair: Data, unit: str) -> tuple[str, str]:

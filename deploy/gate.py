@@ -36,7 +36,8 @@ Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 MIN_PAIRS = 5  # fewer interleaved pairs cannot show how much the machine itself varies
 RESOLUTION = 3.0  # an accuracy interval wider than ± 3 limits says nothing about the limit
 MAX_BLOCKS = 200  # bounds the work; 200 stretches already place the median between ranks 43 % and 57 %
-GATE_KEYS = ("accuracy_drop", "speedup", "latency_ms", "size_ratio", "parity")
+GATE_KEYS = ("target", "accuracy_drop", "speedup", "latency_ms", "size_ratio", "parity")
+NO_LIMIT = ("target", "parity")
 OPTION_KEYS = ("runner", "batch")
 DEFAULT_RUNNER = "onnxruntime"
 
@@ -45,8 +46,8 @@ DEFAULT_RUNNER = "onnxruntime"
 class Gate:
     """One judged limit, with the 95 % interval from ``low`` to ``high`` where there is one.
 
-    ``accuracy_drop`` is a fraction, ``speedup`` and ``size_ratio`` are ratios, ``latency_ms`` is in
-    milliseconds, ``parity`` is a relative error.
+    ``target`` is 1 where it was reached and else 0, ``accuracy_drop`` is a fraction, ``speedup`` and
+    ``size_ratio`` are ratios, ``latency_ms`` is in milliseconds, ``parity`` is a relative error.
     """
 
     name: str
@@ -85,7 +86,7 @@ def judge(results: Mapping[str, Any], gates: Mapping[str, Any]) -> tuple[Gate, .
         limit = gates.get(name)
         if limit is None or limit is False:
             continue
-        if name != "parity" and number(limit) is None:
+        if name not in NO_LIMIT and number(limit) is None:
             raise _error(f"the limit of {name} is {visible(repr(limit))}", "give a finite number")
         judged.append(_judge_one(name, results, gates))
     return tuple(judged)
@@ -180,6 +181,8 @@ def gated_batch(results: Mapping[str, Any], gates: Mapping[str, Any]) -> int | N
 
 
 def _judge_one(name: str, results: Mapping[str, Any], gates: Mapping[str, Any]) -> Gate:
+    if name == "target":
+        return _judge_target(results)
     if name == "parity":
         return _judge_parity(results)
     limit = float(gates[name])
@@ -189,6 +192,17 @@ def _judge_one(name: str, results: Mapping[str, Any], gates: Mapping[str, Any]) 
         return _judge_size(results, limit)
     runner, batch = str(gates.get("runner") or DEFAULT_RUNNER), gated_batch(results, gates)
     return (_judge_speedup if name == "speedup" else _judge_latency)(results, limit, runner, batch)
+
+
+def _judge_target(results: Mapping[str, Any]) -> Gate:
+    pruning = section(results, "pruning")
+    reached, why = pruning.get("reached"), visible(str(pruning.get("stop_reason") or "no reason is recorded"))
+    if not isinstance(reached, bool):
+        return missing("target", None, "Whether pruning reached its target is not recorded. Prune again.")
+    if reached:
+        return Gate("target", None, 1.0, None, None, "pass", f"{why[:1].upper()}{why[1:]}.")
+    said = f"Pruning stopped short of its target: {why}. Ask for less, or set gates.target to false "
+    return Gate("target", None, 0.0, None, None, "fail", said + "where less will do.")
 
 
 def judge_accuracy(results: Mapping[str, Any], limit: float, name: str, advice_of: str) -> Gate:

@@ -34,6 +34,7 @@ from deploy.values import (
 NOT_MEASURED = "not measured"
 NOT_RECORDED = "not recorded"
 GATE_LABELS = {
+    "target": "Pruning target",
     "accuracy_drop": "Accuracy drop",
     "speedup": "Speed-up",
     "latency_ms": "Latency p50",
@@ -45,6 +46,7 @@ GATE_LABELS = {
     "baseline_size": "ONNX size over the baseline's",
 }
 GATE_FORMS: dict[str, Callable[[float], str]] = {
+    "target": lambda value: "reached" if value else "missed",
     "accuracy_drop": points,
     "speedup": times,
     "latency_ms": milliseconds,

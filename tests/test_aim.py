@@ -133,29 +133,44 @@ class TestBudget:
     @pytest.mark.parametrize(
         ("text", "asked"),
         [
-            ("budget: {latency_ratio: 0.5}", (2.0, None, 32)),
-            ("budget: {latency_ms: 3, batch: 1}", (None, 3.0, 1)),
+            ("budget: {latency_ratio: 0.5}", (2.0 / 1.03, None, 32)),
+            ("budget: {latency_ms: 3, batch: 1}", (None, 3.0 * 1.03, 1)),
             ("budget: {macs_ratio: 0.5}", (None, None, None)),
-            ("budget: {latency_ratio: 0.5}\ngates: {batch: 1}", (2.0, None, 1)),
+            ("budget: {latency_ratio: 0.5}\ngates: {batch: 1}", (2.0 / 1.03, None, 1)),
             ("budget: {latency_ratio: 0.5, batch: 32}\ngates: {batch: 1}", (None, None, 1)),
             ("budget: {latency_ratio: 0.5}\ngates: {speedup: 1.5}", (1.5, None, 32)),
             ("budget: {latency_ratio: 0.5}\ngates: {speedup: null}", (None, None, 32)),
             ("budget: {latency_ratio: 0.5, target: h100}", (None, None, None)),
         ],
     )
-    def test_the_gate_asks_for_what_was_pruned_for(
+    def test_the_gate_asks_that_the_budget_is_met(
         self, text: str, asked: tuple[float | None, float | None, int | None]
     ) -> None:
         gates = aim.aimed(read(text)).gates
-        assert (gates.speedup, gates.latency_ms, gates.batch) == asked
+        assert (gates.speedup, gates.latency_ms, gates.batch) == pytest.approx(asked)
+
+    @pytest.mark.parametrize(
+        ("text", "judged"),
+        [
+            ("", True),
+            ("prune: {max_accuracy_drop: 0.1}", False),
+            ("prune: {max_loss_increase: 0.1}", False),
+            ("prune: {max_loss_increase: 0.1}\ngates: {target: true}", True),
+            ("gates: {target: false}", False),
+        ],
+    )
+    def test_a_target_must_be_reached_unless_pruning_may_stop_before_it(
+        self, text: str, judged: bool
+    ) -> None:
+        assert aim.aimed(read(text)).gates.target is judged
 
     def test_what_the_target_asks_still_holds(self, tmp_path: Path) -> None:
         (tmp_path / "board.toml").write_text(BOARD)
         bench = f"bench: {{target: {tmp_path / 'board.toml'}}}\n"
         gates = aim.aimed(read(f"{bench}budget: {{latency_ratio: 0.5}}")).gates
-        assert (gates.speedup, gates.latency_ms, gates.batch) == (2.0, 2.5, 3)
+        assert (gates.speedup, gates.latency_ms, gates.batch) == (pytest.approx(2.0 / 1.03), 2.5, 3)
         gates = aim.aimed(read(f"{bench}budget: {{latency_ms: 2}}")).gates
-        assert (gates.speedup, gates.latency_ms) == (1.5, 2.0)
+        assert (gates.speedup, gates.latency_ms) == (1.5, 2.0 * 1.03)
 
     @pytest.mark.parametrize(
         ("text", "code", "said"),

@@ -122,6 +122,7 @@ DEFAULTS: dict[str, Any] = {
         },
     },
     "gates": {
+        "target": None,
         "accuracy_drop": 0.01,
         "speedup": None,
         "latency_ms": None,

@@ -46,6 +46,7 @@ def one(results: dict[str, Any], **gates: Any) -> gate.Gate:
 
 
 GOOD: dict[str, dict[str, Any]] = {
+    "target": {"pruning": {"reached": True, "stop_reason": "target met"}},
     "accuracy_drop": accuracy(30, 25, 10_000),
     "speedup": speedup(2.0, 1.9, 2.1),
     "latency_ms": latency([5.0 + 0.01 * (i % 7) for i in range(200)]),
@@ -53,6 +54,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "parity": parity(),
 }
 LIMITS: dict[str, Any] = {
+    "target": True,
     "accuracy_drop": 0.01,
     "speedup": 1.5,
     "latency_ms": 6.0,
@@ -92,11 +94,21 @@ def test_the_worst_gate_decides() -> None:
 
 def test_a_gate_that_does_not_exist_is_refused() -> None:
     with pytest.raises(
-        MeasureError, match=r"gates: there is no gate 'speed\\x1b'; use one of accuracy_drop, "
+        MeasureError, match=r"gates: there is no gate 'speed\\x1b'; use one of target, accuracy_drop, "
     ):
         gate.judge({}, {"speed\x1b": 2})
     with pytest.raises(MeasureError, match="the limit of speedup is nan; give a finite number"):
         gate.judge({}, {"speedup": math.nan})
+
+
+def test_a_target_that_was_missed_fails() -> None:
+    pruning = {"reached": False, "stop_reason": "58.0% of the original's energy measured, 50.0% asked for"}
+    found = one({"pruning": pruning}, target=True)
+    assert (found.verdict, found.value) == ("fail", 0.0)
+    assert found.message == (
+        "Pruning stopped short of its target: 58.0% of the original's energy measured, 50.0% asked for. "
+        "Ask for less, or set gates.target to false where less will do."
+    )
 
 
 def test_the_drop_comes_from_the_flips_with_a_paired_interval() -> None:
@@ -372,6 +384,7 @@ def test_a_broken_number_never_passes(data: st.DataObject) -> None:
 
 
 BREAKABLE: dict[str, list[tuple[Any, ...]]] = {
+    "target": [("pruning",)],
     "accuracy_drop": [("accuracy",), ("accuracy", "before"), ("accuracy", "after"), ("accuracy", "n")],
     "speedup": [
         ("speedup",),

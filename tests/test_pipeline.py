@@ -226,12 +226,12 @@ def test_a_stage_alone_takes_the_others_as_they_are(
 def test_a_release_is_held_against_an_earlier_one(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     folder = tmp_path / "copy"
-    tolerated = earlier.tolerances(["latency=9", "accuracy=0.5"])
+    tolerated = earlier.tolerances(["latency=999", "accuracy=0.5"])
     against = earlier.read(str(finished / "run"), tolerated, folder / "run")
     outcome = start(folder, only="gate", earlier=against)
-    assert [gate["name"] for gate in outcome.results["gates"]][1:] == list(GATES)
+    assert [gate["name"] for gate in outcome.results["gates"]] == ["target", "parity", *GATES]
     assert (outcome.exit_code, outcome.results["verdict"]) == (0, "pass")
-    assert outcome.results["baseline"]["tolerated"]["latency"] == 9
+    assert outcome.results["baseline"]["tolerated"]["latency"] == 999
     assert "baseline_size" in (folder / "run" / "gate.json").read_text()
     nothing = earlier.read(str(tmp_path / "nothing"), tolerated, folder / "run")
     outcome = start(folder, only="gate", earlier=nothing)
@@ -260,7 +260,7 @@ def test_a_run_can_be_handed_over_and_served(finished: Path, tmp_path: Path) -> 
     assert str(tmp_path) not in "".join(
         (tmp_path / "release" / name).read_text() for name in handed.paths if name.endswith((".md", ".pbtxt"))
     )
-    against = earlier.read(str(tmp_path / "release"), earlier.tolerances(["latency=9"]), finished / "run")
+    against = earlier.read(str(tmp_path / "release"), earlier.tolerances(["latency=999"]), finished / "run")
     shutil.copytree(finished, tmp_path / "next")
     assert start(tmp_path / "next", only="gate", earlier=against).exit_code == 0
     gates = files.read_json(tmp_path / "next" / "run" / "gate.json")["gates"]
