@@ -53,6 +53,8 @@ def aimed(config: Config) -> Config:
     own: dict[str, Any] = {
         "runner": gates.runner or (chosen.runner if chosen.runner in runners else runners[-1])
     }
+    if gates.metric_drop is not None and "accuracy_drop" not in gates.model_fields_set:
+        own["accuracy_drop"] = None
     if gates.target is None:
         own["target"] = config.prune.max_accuracy_drop is None and config.prune.max_loss_increase is None
     budget = _budget(config, filled["batches"])

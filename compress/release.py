@@ -147,7 +147,7 @@ def _accuracy(before: dict[str, Any], pruned: dict[str, Any], after: dict[str, A
     return {
         "metric": before["metric"], "before": before["value"], "pruned": pruned["value"],
         "after": after["value"], "n": after["n"], "split": "test", "flips": flips, "wrong": after["wrong"],
-        "majority": before.get("majority"),
+        "majority": before.get("majority"), "share": before["wrong"] is not None,
     }  # fmt: skip
 
 

@@ -343,6 +343,9 @@ class GatesConfig(Section):
     accuracy_drop: Fraction | None = Field(
         default=0.01, description="largest fall of accuracy, 0.01 is one point"
     )
+    metric_drop: Positive | None = Field(
+        default=None, description="or: largest fall of a measure that is no share, in its own units"
+    )
     speedup: Positive | None = Field(
         default=None, description="least original / dense median latency, e.g. 1.5"
     )

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from compress.console import STYLES, print_table, readable
 from deploy.budget_view import memory_said, sentences
 from deploy.budget_view import table as looked_at
+from deploy.metric import metric_of
 from deploy.values import (
     count,
     measured,
     milliseconds,
     number,
     percent,
-    points,
     rows,
     scientific,
     section,
@@ -83,8 +83,10 @@ def _figures(results: Data) -> Iterable[tuple[str, str, str]]:
     found, cost = section(results, "accuracy"), section(results, "cost")
     before, after = number(found.get("before")), number(found.get("after"))
     if before is not None and after is not None:
-        said = f"{points(after - before, signed=True)}, on {count(found.get('n'))} test examples"
-        yield "accuracy", f"{percent(before)} → {percent(after)}", said
+        metric = metric_of(results)
+        said = f"{metric.change(after - before, signed=True)}, on {count(found.get('n'))} test examples"
+        word = "accuracy" if metric.is_share else metric.word
+        yield word, f"{metric.form(before)} → {metric.form(after)}", said
     else:
         yield "accuracy", "not measured", ""
     yield "MACs", *_change(section(cost, "macs"), "")

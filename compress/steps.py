@@ -256,25 +256,31 @@ def _check_parts(work: Work, built: Built) -> None:
 
 
 def _figure(accuracy: Mapping[str, Any]) -> str:
-    return f"{accuracy['metric']} {accuracy['value']:.2%} on {accuracy['n']:,} test examples"
+    value = _shown(accuracy["value"], is_share=accuracy["wrong"] is not None)
+    return f"{accuracy['metric']} {value} on {accuracy['n']:,} test examples"
+
+
+def _shown(value: float, is_share: bool) -> str:
+    return f"{value:.2%}" if is_share else f"{value:.4g}"
 
 
 def _train(
     work: Work, stage: str, net: GraphNet, config: TrainConfig, teacher: nn.Module | None, state: Any
 ) -> TrainResult:
-    best = 0.0
+    best, shown = -math.inf, ""
 
     def show(now: Progress) -> None:
         if now.message:
             work.events.note(now.message)
         done = now.epoch - 1 + now.step / now.steps
-        text = f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}" + (f"  best {best:.2%}" if best else "")
+        text = f"epoch {now.epoch}/{now.epochs}  loss {now.loss:.3f}" + (shown and f"  best {shown}")
         work.events.progress(stage, done, now.epochs, text)
 
     def evaluate(model: nn.Module, split: str) -> Evaluation:
-        nonlocal best
+        nonlocal best, shown
         found = work.task.evaluate(model, split)
-        best = max(best, found.value)
+        if found.value > best:
+            best, shown = found.value, _shown(found.value, found.correct is not None)
         return found
 
     result = train(
@@ -290,13 +296,14 @@ def _train(
         progress=show,
     )
     if result.recalibration is not None and result.recalibration.norms:
-        work.events.note(_recalibrated(result.recalibration))
+        work.events.note(_recalibrated(result.recalibration, work.task.classes is not None))
     return result
 
 
-def _recalibrated(found: Recalibration) -> str:
+def _recalibrated(found: Recalibration, is_share: bool) -> str:
     kept = "kept" if found.kept else "not kept"
-    moved = f"{found.before:.2%} to {found.after:.2%} on the validation examples, {kept}"
+    before, after = (_shown(value, is_share) for value in (found.before, found.after))
+    moved = f"{before} to {after} on the validation examples, {kept}"
     return f"batch norms estimated anew over {found.minibatches} minibatches: {moved}"
 
 

@@ -91,9 +91,11 @@ def _accuracy(results: Mapping[str, Any], baseline: Mapping[str, Any], tolerated
         "n": min(sizes) if len(sizes) == 2 else None,
         "flips": _flips(now, then),
         "majority": now.get("majority"),
+        "share": now.get("share"),
     }
     advice = "tolerate more: --tolerate accuracy=..."
-    return _against(gate.judge_accuracy({"accuracy": pair}, tolerated, GATES[0], advice))
+    judge = gate.judge_metric if now.get("share") is False else gate.judge_accuracy
+    return _against(judge({"accuracy": pair}, tolerated, GATES[0], advice))
 
 
 def _flips(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, int] | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from deploy.metric import metric_of
 from deploy.tables import latency_rows
 from deploy.values import (
     entries,
@@ -218,11 +219,12 @@ def _pruning_panels(results: Mapping[str, Any]) -> list[Panel]:
     found = rows(section(results, "pruning"), "history")
     latency = _line(found, "step", "latency_ratio", "latency, predicted", True)
     second = latency if latency.points else _line(found, "step", "params_ratio", "parameters", True)
-    kept = (_line(found, "step", "macs_ratio", "MACs"), second)
+    kept, is_share = (_line(found, "step", "macs_ratio", "MACs"), second), metric_of(results).is_share
+    measure = "Accuracy" if is_share else "Metric"
     panels = [
         Panel("Share kept", "pruning step", kept, percent=True),
         Panel("Loss", "pruning step", (_line(found, "step", "loss", "loss"),)),
-        Panel("Accuracy", "pruning step", (_line(found, "step", "accuracy", "accuracy"),), percent=True),
+        Panel(measure, "pruning step", (_line(found, "step", "accuracy", "accuracy"),), percent=is_share),
     ]
     return [panel for panel in panels if any(one.points for one in panel.series)]
 
@@ -234,10 +236,11 @@ def _epoch_panels(results: Mapping[str, Any], stage: str) -> list[Panel]:
         _line(found, "epoch", "validation_loss", "validation", True),
     )
     value = (_line(found, "epoch", "validation", "validation"),)
-    rate = (_line(found, "epoch", "lr", "learning rate"),)
+    rate, is_share = (_line(found, "epoch", "lr", "learning rate"),), metric_of(results).is_share
+    measure = "accuracy" if is_share else "metric"
     panels = [
         Panel("Loss", "epoch", loss, mark=best),
-        Panel("Validation accuracy", "epoch", value, percent=True, mark=best),
+        Panel(f"Validation {measure}", "epoch", value, percent=is_share, mark=best),
         Panel("Learning rate", "epoch", rate, mark=best),
     ]
     return [panel for panel in panels if any(one.points for one in panel.series)]

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
+from deploy.metric import metric_of
 from deploy.values import (
+    count,
     entries,
     metric_word,
     milliseconds,
@@ -36,7 +38,7 @@ Z95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 MIN_PAIRS = 5  # fewer interleaved pairs cannot show how much the machine itself varies
 RESOLUTION = 3.0  # an accuracy interval wider than ± 3 limits says nothing about the limit
 MAX_BLOCKS = 200  # bounds the work; 200 stretches already place the median between ranks 43 % and 57 %
-GATE_KEYS = ("target", "accuracy_drop", "speedup", "latency_ms", "size_ratio", "parity")
+GATE_KEYS = ("target", "accuracy_drop", "metric_drop", "speedup", "latency_ms", "size_ratio", "parity")
 NO_LIMIT = ("target", "parity")
 OPTION_KEYS = ("runner", "batch")
 DEFAULT_RUNNER = "onnxruntime"
@@ -46,8 +48,9 @@ DEFAULT_RUNNER = "onnxruntime"
 class Gate:
     """One judged limit, with the 95 % interval from ``low`` to ``high`` where there is one.
 
-    ``target`` is 1 where it was reached and else 0, ``accuracy_drop`` is a fraction, ``speedup`` and
-    ``size_ratio`` are ratios, ``latency_ms`` is in milliseconds, ``parity`` is a relative error.
+    ``target`` is 1 where it was reached and else 0, ``accuracy_drop`` is a fraction, ``metric_drop`` in
+    the metric's own units, ``speedup`` and ``size_ratio`` are ratios, ``latency_ms`` is in milliseconds,
+    ``parity`` is a relative error.
     """
 
     name: str
@@ -108,7 +111,8 @@ def exit_code(gates: Sequence[Gate]) -> int:
 
 
 def accuracy_drop(results: Mapping[str, Any]) -> Interval | None:
-    """How far the metric fell (a fraction; negative for a gain) with its interval; None if not measured.
+    """How far the accuracy fell (a fraction; negative for a gain) with its interval; None if not measured, or
+    if what was measured is no share of right answers.
 
     With flips, both models answered the same examples: the adjusted Wald interval of Bonett and Price (2012,
     doi:10.3102/1076998611411915) for paired proportions. It adds one to each flip count, so that it
@@ -120,6 +124,8 @@ def accuracy_drop(results: Mapping[str, Any]) -> Interval | None:
     n = whole_number(found.get("n"))
     if before is None or after is None or n is None or n < 1 or not (0 <= before <= 1 and 0 <= after <= 1):
         return None
+    if not metric_of(results).is_share:
+        return None
     if found.get("flips") is None:
         return _independent(before, after, n)
     lost, gained = (whole_number(section(found, "flips").get(key)) for key in ("lost", "gained"))
@@ -128,6 +134,15 @@ def accuracy_drop(results: Mapping[str, Any]) -> Interval | None:
     if abs((lost - gained) / n - (before - after)) > 0.5 / n + 1e-6:
         return None  # the flips contradict the accuracies: one of them is wrong
     return _paired(lost, gained, n)
+
+
+def fall(results: Mapping[str, Any]) -> float | None:
+    """How far the metric fell, in its own units; None where that was not measured or cannot be so."""
+    if metric_of(results).is_share:
+        drop = accuracy_drop(results)
+        return None if drop is None else drop.value
+    before, after = (number(section(results, "accuracy").get(key)) for key in ("before", "after"))
+    return None if before is None or after is None else before - after
 
 
 def untold(accuracy: Mapping[str, Any]) -> str:
@@ -188,6 +203,8 @@ def _judge_one(name: str, results: Mapping[str, Any], gates: Mapping[str, Any]) 
     limit = float(gates[name])
     if name == "accuracy_drop":
         return judge_accuracy(results, limit, name, "raise gates.accuracy_drop")
+    if name == "metric_drop":
+        return judge_metric(results, limit, name, "raise gates.metric_drop")
     if name == "size_ratio":
         return _judge_size(results, limit)
     runner, batch = str(gates.get("runner") or DEFAULT_RUNNER), gated_batch(results, gates)
@@ -223,6 +240,23 @@ def judge_accuracy(results: Mapping[str, Any], limit: float, name: str, advice_o
     if decided == "pass" and why:
         decided, advice = "inconclusive", f" But {why}."
     return Gate(name, limit, drop.value, drop.low, drop.high, decided, said + advice)
+
+
+def judge_metric(results: Mapping[str, Any], limit: float, name: str, advice_of: str) -> Gate:
+    """The gate ``name`` over the fall of a metric in its own units: one figure each, so without interval."""
+    found, metric = section(results, "accuracy"), metric_of(results)
+    before, after = number(found.get("before")), number(found.get("after"))
+    if before is None or after is None:
+        return missing(name, limit, _why_no_accuracy(found))
+    drop = before - after
+    verb = "falls" if drop > 0 else "rises"
+    change = f"{verb} by {metric.change(abs(drop))}" if drop else "does not change"
+    said = f"{visible(metric.title)} {change}, from {metric.form(before)} to {metric.form(after)} on "
+    said += f"{count(found.get('n'))} examples (one figure each, no interval); the limit is "
+    said += f"{metric.change(limit)}."
+    decided = side(drop <= limit + 1e-12 * max(1.0, abs(before)))
+    advice = "" if decided == "pass" else f" Prune less, fine-tune longer, or {advice_of}."
+    return Gate(name, limit, drop, None, None, decided, said + advice)
 
 
 def _judge_speedup(results: Mapping[str, Any], limit: float, runner: str, batch: int | None) -> Gate:
@@ -380,6 +414,10 @@ def _more_examples(n: int, half_width: float, limit: float) -> str:
 def _why_no_accuracy(found: Mapping[str, Any]) -> str:
     if number(found.get("before")) is None or number(found.get("after")) is None:
         return "The accuracy before and after was not measured. Evaluate both models on the test set."
+    if found.get("share") is False:
+        what = visible(metric_of({"accuracy": found}).title)
+        said = f"{what} is no share of right answers, so its fall has no interval: set gates.metric_drop, "
+        return said + "in its own units, in place of gates.accuracy_drop."
     if whole_number(found.get("n")) is None:
         return "The number of test examples is missing, so there is no interval. Evaluate both models again."
     said = "The accuracies, the number of examples and the flips contradict each other (an accuracy is a "

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy import gate, tables
+from deploy.metric import metric_of
 from deploy.values import number, rows, section, text, visible
 
 VERDICTS = ("pass", "fail", "inconclusive", "no gates")
@@ -82,12 +83,14 @@ def _costs(results: Mapping[str, Any]) -> list[Family]:
 def _accuracy(results: Mapping[str, Any]) -> list[Family]:
     found, drop = section(results, "accuracy"), gate.accuracy_drop(results)
     metric = text(found.get("metric"), "unknown")
+    is_share = metric_of(results).is_share
+    name, unit = ("compress_accuracy_ratio", "ratio") if is_share else ("compress_metric", "")
     samples = [({"model": m, "metric": metric}, number(found.get(which))) for which, m in MODELS]
     ends = [] if drop is None else [(end, getattr(drop, end)) for end in ("low", "value", "high")]
     fell = [({"metric": metric, "end": end}, value) for end, value in ends]
     about = "How far the metric fell, with its 95 % interval from low to high."
     return [
-        Family("compress_accuracy_ratio", "gauge", "ratio", "The metric on the test data.", samples),
+        Family(name, "gauge", unit, "The metric on the test data.", samples),
         Family("compress_accuracy_drop_ratio", "gauge", "ratio", about, fell),
     ]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import budget_view, charts, gate, profile_view, streams_view, tables
+from deploy.metric import metric_of
 from deploy.tables import NOT_MEASURED, NOT_RECORDED
 from deploy.values import (
     entries,
-    metric_word,
     percent,
     points,
     rows,
@@ -177,19 +177,18 @@ def _gate_line(gates: Sequence[Mapping[str, Any]]) -> str:
 def _lead(results: Mapping[str, Any]) -> str:
     """One sentence with the main numbers; what is missing is named after it."""
     said, missing = [], []
-    row, drop = tables.headline_speedup(results), gate.accuracy_drop(results)
+    row, fall, metric = tables.headline_speedup(results), gate.fall(results), metric_of(results)
     if row is None:
         missing.append("speed-up")
     else:
         span = f"95 % interval {tables.interval(row, times)}"
         where = f"{text(row.get('runner'))}, batch {text(row.get('batch'))}"
         said.append(f"runs {times(row['ratio'])} as fast ({span}; {where})")
-    if drop is None:
+    if fall is None:
         missing.append("accuracy")
     else:
-        metric = metric_word(section(results, "accuracy").get("metric"))
-        change = f"{'loses' if drop.value > 0 else 'gains'} {points(abs(drop.value))} of {metric}"
-        said.append(change if drop.value else f"keeps its {metric}")
+        change = f"{'loses' if fall > 0 else 'gains'} {metric.change(abs(fall))} of {metric.word}"
+        said.append(change if fall else f"keeps its {metric.word}")
     changes = {noun: _change(results, key) for key, noun in NOUNS.items()}
     missing += [noun for noun, change in changes.items() if change is None]
     fewer = [
@@ -205,16 +204,15 @@ def _lead(results: Mapping[str, Any]) -> str:
 def _tiles(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(label, value, detail) of the main numbers."""
     row, drop = tables.headline_speedup(results), gate.accuracy_drop(results)
-    found = section(results, "accuracy")
+    found, metric, fall = section(results, "accuracy"), metric_of(results), gate.fall(results)
     tiles = [("Speed-up", NOT_MEASURED, ""), ("Accuracy", NOT_MEASURED, "")]
     if row is not None:
         where = f"{text(row.get('runner'))}, batch {text(row.get('batch'))}"
         tiles[0] = ("Speed-up", times(row["ratio"]), f"{tables.interval(row, times)}; {where}")
-    if drop is not None:
-        width = span(-drop.high, -drop.low, lambda x: points(x, signed=True))
-        pair = f"{percent(found['before'])} → {percent(found['after'])}"
-        label = metric_word(found.get("metric"))
-        tiles[1] = (label[:1].upper() + label[1:], points(-drop.value, signed=True), f"{width}; {pair}")
+    if fall is not None:
+        width = span(-drop.high, -drop.low, lambda x: points(x, signed=True)) + "; " if drop else ""
+        pair = f"{metric.form(found['before'])} → {metric.form(found['after'])}"
+        tiles[1] = (metric.title, metric.change(-fall, signed=True), f"{width}{pair}")
     for key, label in (("macs", "MACs"), ("params", "Parameters"), ("onnx_bytes", "ONNX file")):
         change, pair_of = _change(results, key), section(section(results, "cost"), key)
         if change is None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy import gate
+from deploy.metric import metric_of
 from deploy.values import (
     NBSP,
     count,
     entries,
     measured,
-    metric_word,
     milliseconds,
     number,
     percent,
@@ -36,6 +36,7 @@ NOT_RECORDED = "not recorded"
 GATE_LABELS = {
     "target": "Pruning target",
     "accuracy_drop": "Accuracy drop",
+    "metric_drop": "Drop of the metric",
     "speedup": "Speed-up",
     "latency_ms": "Latency p50",
     "size_ratio": "ONNX size ratio",
@@ -116,7 +117,7 @@ def gates(results: Mapping[str, Any]) -> Table:
 
 def summary(results: Mapping[str, Any]) -> Table:
     """Original against pruned, one quantity per row."""
-    body = [*_accuracy_rows(section(results, "accuracy"))]
+    body = [*_accuracy_rows(results)]
     cost = section(results, "cost")
     body += [_pair(label, section(cost, key), "before", "after") for key, label in COSTS]
     units = section(section(results, "pruning"), "units")
@@ -286,8 +287,9 @@ def pruning_history(results: Mapping[str, Any]) -> Table:
     for row in history:
         counts = [count(row.get(key)) for key in ("step", "minibatches", "units_kept")]
         shares = [measured(row.get(key), percent) for key in kept]
-        body.append((*counts, *shares, measured(row.get("loss")), measured(row.get("accuracy"), percent)))
-    headers = ("Step", "Minibatches", "Units kept", *kept.values(), "Loss", "Accuracy")
+        value = measured(row.get("accuracy"), metric_of(results).form)
+        body.append((*counts, *shares, measured(row.get("loss")), value))
+    headers = ("Step", "Minibatches", "Units kept", *kept.values(), "Loss", _measure(results))
     return Table(headers, "r" * len(headers), tuple(body), evenly=True)
 
 
@@ -298,11 +300,12 @@ def epochs(results: Mapping[str, Any], stage: str) -> Table:
     for row in rows(found, "history"):
         epoch = row.get("epoch")
         losses = [measured(row.get(key)) for key in ("loss", "validation_loss")]
-        value = measured(row.get("validation"), percent)
+        value = measured(row.get("validation"), metric_of(results).form)
         ends = (measured(row.get("lr"), lambda rate: f"{rate:.3g}"), measured(row.get("seconds")))
         best = "best" if epoch is not None and epoch == found.get("best_epoch") else ""
         body.append((count(epoch), *losses, value, *ends, best))
-    headers = ("Epoch", "Training loss", "Validation loss", "Validation accuracy", "Learning rate")
+    value = f"Validation {_measure(results).lower()}"
+    headers = ("Epoch", "Training loss", "Validation loss", value, "Learning rate")
     return Table((*headers, "Seconds", "Chosen"), "rrrrrrt", tuple(body), evenly=True)
 
 
@@ -413,26 +416,27 @@ def headline_speedup(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return max(good, key=place, default=None)
 
 
-def _accuracy_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _measure(results: Mapping[str, Any]) -> str:
+    return "Accuracy" if metric_of(results).is_share else "Metric"
+
+
+def _accuracy_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    found, metric = section(results, "accuracy"), metric_of(results)
     before, after, between = (number(found.get(key)) for key in ("before", "after", "pruned"))
     if before is None or after is None:
         return [("Accuracy", NOT_MEASURED, NOT_MEASURED, "", "")]
-    label = f"{_capital(metric_word(found.get('metric')))} ({text(found.get('split'))} set)"
+    label, form = f"{metric.title} ({text(found.get('split'))} set)", metric.form
     body: list[tuple[str, ...]] = [
-        (label, percent(before), percent(after), points(after - before, signed=True), "")
+        (label, form(before), form(after), metric.change(after - before, signed=True), "")
     ]
     if between is not None:
-        change = points(between - before, signed=True)
-        body.append(("The same before fine-tuning", percent(before), percent(between), change, ""))
+        change = metric.change(between - before, signed=True)
+        body.append(("The same before fine-tuning", form(before), form(between), change, ""))
     return body
 
 
 def _three(value: object) -> str:
     return measured(value, lambda found: significant(found, 3))
-
-
-def _capital(said: str) -> str:
-    return said[:1].upper() + said[1:]
 
 
 def _pair(label: str, pair: Mapping[str, Any], first: str, second: str) -> tuple[str, ...]:

@@ -164,6 +164,10 @@ class TestBudget:
     ) -> None:
         assert aim.aimed(read(text)).gates.target is judged
 
+    def test_a_metric_of_its_own_units_takes_the_place_of_accuracy(self) -> None:
+        assert aim.aimed(read("gates: {metric_drop: 5}")).gates.accuracy_drop is None
+        assert aim.aimed(read("gates: {metric_drop: 5, accuracy_drop: 0.1}")).gates.accuracy_drop == 0.1
+
     def test_what_the_target_asks_still_holds(self, tmp_path: Path) -> None:
         (tmp_path / "board.toml").write_text(BOARD)
         bench = f"bench: {{target: {tmp_path / 'board.toml'}}}\n"

@@ -124,6 +124,7 @@ DEFAULTS: dict[str, Any] = {
     "gates": {
         "target": None,
         "accuracy_drop": 0.01,
+        "metric_drop": None,
         "speedup": None,
         "latency_ms": None,
         "runner": None,

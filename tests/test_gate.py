@@ -48,6 +48,9 @@ def one(results: dict[str, Any], **gates: Any) -> gate.Gate:
 GOOD: dict[str, dict[str, Any]] = {
     "target": {"pruning": {"reached": True, "stop_reason": "target met"}},
     "accuracy_drop": accuracy(30, 25, 10_000),
+    "metric_drop": {
+        "accuracy": {"metric": "return", "before": 265.0, "after": 260.5, "n": 20, "share": False}
+    },
     "speedup": speedup(2.0, 1.9, 2.1),
     "latency_ms": latency([5.0 + 0.01 * (i % 7) for i in range(200)]),
     "size_ratio": {"cost": {"onnx_bytes": {"before": 1000, "after": 400}}},
@@ -56,6 +59,7 @@ GOOD: dict[str, dict[str, Any]] = {
 LIMITS: dict[str, Any] = {
     "target": True,
     "accuracy_drop": 0.01,
+    "metric_drop": 5.0,
     "speedup": 1.5,
     "latency_ms": 6.0,
     "size_ratio": 0.5,
@@ -81,14 +85,15 @@ def test_gates_left_out_are_not_judged() -> None:
 
 def test_the_worst_gate_decides() -> None:
     everything: dict[str, Any] = {}
-    for results in GOOD.values():
-        everything |= results
-    good = gate.judge(everything, LIMITS)
-    assert [found.name for found in good] == list(gate.GATE_KEYS)
+    limits = {name: limit for name, limit in LIMITS.items() if name != "metric_drop"}  # of another task
+    for name in limits:
+        everything |= GOOD[name]
+    good = gate.judge(everything, limits)
+    assert [found.name for found in good] == [name for name in gate.GATE_KEYS if name in limits]
     assert (gate.verdict(good), gate.exit_code(good)) == ("pass", 0)
-    unsure = gate.judge({**everything, "accuracy": None}, LIMITS)
+    unsure = gate.judge({**everything, "accuracy": None}, limits)
     assert (gate.verdict(unsure), gate.exit_code(unsure)) == ("inconclusive", 5)
-    bad = gate.judge({**everything, "accuracy": None}, {**LIMITS, "size_ratio": 0.1})
+    bad = gate.judge({**everything, "accuracy": None}, {**limits, "size_ratio": 0.1})
     assert (gate.verdict(bad), gate.exit_code(bad)) == ("fail", 5)
 
 
@@ -193,6 +198,40 @@ def test_what_to_look_at_where_a_constant_answer_is_as_good() -> None:
     found = accuracy(100, 0, 600, before=0.3)
     found["accuracy"]["majority"] = 0.5
     assert one(found, accuracy_drop=0.02).verdict == "fail"  # lost is lost
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "limit", "verdict"),
+    [
+        (265.0, 260.0, 5.0, "pass"),
+        (265.0, 259.0, 5.0, "fail"),
+        (-5.10, -4.68, 0.1, "pass"),  # minus an error: higher is better all the same
+        (-4.68, -5.10, 0.1, "fail"),
+        (31.2, 31.2, 0.5, "pass"),
+        (0.985, 0.979, 0.01, "pass"),  # a mean average precision: no binomial interval around it
+    ],
+)
+def test_a_metric_that_is_no_share_is_judged_in_its_own_units(
+    before: float, after: float, limit: float, verdict: str
+) -> None:
+    found = {"accuracy": {"metric": "score", "before": before, "after": after, "n": 500, "share": False}}
+    judged = one(found, metric_drop=limit)
+    assert (judged.verdict, judged.low, judged.high) == (verdict, None, None)
+    assert judged.value == pytest.approx(before - after)
+    assert gate.fall(found) == judged.value
+    other = one(found, accuracy_drop=limit)
+    assert other.verdict == "inconclusive"
+    assert other.message == (
+        "Score is no share of right answers, so its fall has no interval: set gates.metric_drop, in its own "
+        "units, in place of gates.accuracy_drop."
+    )
+
+
+def test_what_a_metric_lost_is_told_in_its_own_units() -> None:
+    assert one(GOOD["metric_drop"], metric_drop=4.0).message == (
+        "Return falls by 4.5, from 265 to 260.5 on 20 examples (one figure each, no interval); the limit is "
+        "4. Prune less, fine-tune longer, or raise gates.metric_drop."
+    )
 
 
 @given(st.integers(0, 400), st.integers(1, 400), st.floats(0, 1))
@@ -385,6 +424,7 @@ def test_a_broken_number_never_passes(data: st.DataObject) -> None:
 
 BREAKABLE: dict[str, list[tuple[Any, ...]]] = {
     "target": [("pruning",)],
+    "metric_drop": [("accuracy",), ("accuracy", "before"), ("accuracy", "after")],
     "accuracy_drop": [("accuracy",), ("accuracy", "before"), ("accuracy", "after"), ("accuracy", "n")],
     "speedup": [
         ("speedup",),
