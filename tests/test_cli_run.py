@@ -248,7 +248,7 @@ def test_a_new_user_gets_a_report(capfd: Capture) -> None:
     assert call(capfd, "init")[0] == 0
     code, out, err = call(capfd, "run", *changes)
     assert code == 0, err
-    assert out.startswith("PASS  1 of 1 gates pass")
+    assert out.startswith("PASS  2 of 2 gates pass")
     assert Path("run/report.html").is_file()
     assert call(capfd, "verify", "run")[0] == 0
     result = call_json(capfd, "run", *changes)["result"]
