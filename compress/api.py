@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from compress.config import BenchConfig, BudgetConfig, Config, GatesConfig
 from compress.config_faults import translate
 from compress.cost import Layer, class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
+from compress.in_place import misfit, pinned_by_code
 from compress.inspection import choices, inexact_because, keep_names, labelled
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
@@ -133,6 +135,10 @@ def prune(
     parts = trace_parts(subject, [""] if part is None else [part] if isinstance(part, str) else part, example)
     kept = (*keep_names(parts.traced.net, config.keep), *parts.shared)
     traced, cmap = labelled(parts.traced, kept, config, in_place=in_place)
+    whole = Whole(subject, replace(parts, traced=traced), example)
+    if in_place:
+        again = partial(labelled, parts.traced, kept, config, in_place=True)
+        cmap = pinned_by_code(lambda counted: again(counted=counted)[1], whole, traced.net)
     _check_prunable(cmap)
     budget = None if latency is None else _budgeted(latency, config, traced, cmap)
     where = (
@@ -140,7 +146,6 @@ def prune(
         if budget is None
         else budget.where
     )
-    whole = Whole(subject, replace(parts, traced=traced), example)
     if evaluate is None and config.max_accuracy_drop is not None:
         what = "max_accuracy_drop needs evaluate"
         raise ConfigError(what, "compress.prune", "give evaluate=FUNCTION of the model")
@@ -157,9 +162,15 @@ def prune(
     inexact = inexact_because(cmap)
     proof = verify(done.unmasked, done.masked, dense, traced.example, inexact=inexact)
     around = whole.proof(done.unmasked, done.masked, dense, inexact) if part is not None else None
+    built = whole.built(dense)
+    fault = misfit(whole, plan, built)
+    if in_place and fault is not None:
+        raise fault
+    if fault is not None and fault.where and not plan.hard_coded:
+        plan = replace(plan, hard_coded=(fault.where,))  # apply_plan will refuse, and say why
     result = _result(done, cmap, plan, traced, proof, around)
     if not in_place:
-        return whole.built(dense), result
+        return built, result
     apply_plan(plan, subject)
     return model, result
 

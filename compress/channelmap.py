@@ -6,7 +6,7 @@ unit's reading slices, surgery selects every axis by the kept units, cost counts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +69,18 @@ def channel_map(
     keep: Sequence[str] = (),
     *,
     in_place: bool = False,
+    counted: Collection[str] = (),
     granularity: Granularity = Granularity(),  # noqa: B008  # frozen
 ) -> ChannelMap:
     """Label every axis of a traced model.
 
     keep: names of parameters none of whose channels may be removed. in_place: also pin channels whose
-    number is written into the model's Python code, so that a plan fits the user's own module.
+    number is written into the model's Python code, so that a plan fits the user's own module, and
+    those that the nodes `counted` count, whose numbers are the code's although a graph does not tell.
     granularity: what leaves as one where there is a choice.
     Raises ModelError when an op cannot even be shaped (data-dependent output sizes).
     """
-    ledger, env, component = run(traced, keep, in_place, granularity)
+    ledger, env, component = run(traced, keep, in_place, counted, granularity)
     return _finish(ledger, env, component, traced)
 
 

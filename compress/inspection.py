@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +132,12 @@ def keep_names(net: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 
 
 def labelled(
-    traced: Traced, keep: Sequence[str], config: PruneConfig, *, in_place: bool = False
+    traced: Traced,
+    keep: Sequence[str],
+    config: PruneConfig,
+    *,
+    in_place: bool = False,
+    counted: Collection[str] = (),
 ) -> tuple[Traced, ChannelMap]:
     """The traced model and its units as the `prune` section wants them.
 
@@ -153,7 +158,7 @@ def labelled(
     maps = []
     for kind in kinds:
         granularity = Granularity(config.attention, kind, config.inexact_norms)
-        maps.append(channel_map(traced, keep, in_place=in_place, granularity=granularity))
+        maps.append(channel_map(traced, keep, in_place=in_place, counted=counted, granularity=granularity))
     return traced, max(maps, key=lambda cmap: cmap.units)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ _CREATORS = frozenset(("zeros", "ones", "full", "empty", "arange", "eye", "linsp
 
 
 def run(
-    traced: Traced, keep: Sequence[str], in_place: bool, granularity: Granularity
+    traced: Traced, keep: Sequence[str], in_place: bool, counted: Collection[str], granularity: Granularity
 ) -> tuple[Ledger, dict[fx.Node, Any], np.ndarray]:
     """What was found out, the value of every node, and the component of every label under the ties.
 
@@ -66,7 +66,7 @@ def run(
     env = _round(ledger, traced)
     _pin_kept(ledger, keep)
     if in_place:
-        _pin_sized(ledger, env)
+        _pin_sized(ledger, env, counted)
     component = _components(ledger)
     settled = not ledger.doubts and not ledger.rows
     while not settled or _settle(ledger, env, component):
@@ -343,13 +343,16 @@ def _pin_kept(ledger: Ledger, keep: Sequence[str]) -> None:
                 ledger.pin(torch.arange(labels.start, labels.stop), "kept on request")
 
 
-def _pin_sized(ledger: Ledger, env: dict[fx.Node, Any]) -> None:
-    """Pin channels that splits, slices, padding and shuffles count by numbers in the model's code."""
+def _pin_sized(ledger: Ledger, env: dict[fx.Node, Any], counted: Collection[str]) -> None:
+    """Pin channels that splits, slices, padding, shuffles and the nodes `counted` count by code's numbers."""
     nodes = {node.name: labels_of(value) for node, value in env.items()}
     why = "its size is written into the model's code"
     for node in env:
         ledger.node = node
         found = nodes[node.name]
+        if node.name in counted:
+            ledger.pin(nodes[node.all_input_nodes[0].name], why, doubtful=False)
+            ledger.pin(found, why, doubtful=False)
         shuffled = isinstance(found, Tensor) and len(varying(found)) > 1
         if short_name(node) in SIZED or (shuffled and _moves(node)):
             whole = env[node.args[0]].labels  # type: ignore[index]
