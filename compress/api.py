@@ -158,21 +158,28 @@ def prune(
             traced.net, cmap, where, task, config, seed=seed, device=device, progress=progress,
             measure=budget.measure if budget else None,
         )  # fmt: skip
+    dense, result = _cut_out(done, cmap, whole, traced, in_place=in_place)
+    if not in_place:
+        return dense, result
+    apply_plan(result.plan, subject)
+    return model, result
+
+
+def _cut_out(
+    done: Pruned, cmap: ChannelMap, whole: Whole, traced: Traced, *, in_place: bool
+) -> tuple[nn.Module, Result]:
+    """The dense model, proved, and tried as a plan for the user's module, which is left as it is."""
     dense, plan = cut(done.masked, cmap, done.keep)
     inexact = inexact_because(cmap)
     proof = verify(done.unmasked, done.masked, dense, traced.example, inexact=inexact)
-    around = whole.proof(done.unmasked, done.masked, dense, inexact) if part is not None else None
+    around = whole.proof(done.unmasked, done.masked, dense, inexact) if whole.is_part else None
     built = whole.built(dense)
     fault = misfit(whole, plan, built)
     if in_place and fault is not None:
         raise fault
     if fault is not None and fault.where and not plan.hard_coded:
         plan = replace(plan, hard_coded=(fault.where,))  # apply_plan will refuse, and say why
-    result = _result(done, cmap, plan, traced, proof, around)
-    if not in_place:
-        return built, result
-    apply_plan(plan, subject)
-    return model, result
+    return built, _result(done, cmap, plan, traced, proof, around)
 
 
 def _budgeted(

@@ -31,7 +31,7 @@ from compress.importance import scored
 from compress.scorers import scorer
 from compress.select import Selection, Space, remove
 from compress.surgery import mask
-from compress.task import Task, move, train_shares
+from compress.task import Task, move, scalar, train_shares
 from compress.trace import GraphNet, get_tensor
 from compress.train import CHECKPOINT_SECONDS, DivergedError
 
@@ -345,7 +345,7 @@ class _Run:
         share = replace(share, batch=move(share.batch, self.device))
         shares.own_draws(self.seed, self.state.minibatches, self.device)
         with share.together():
-            loss = self.task.loss(self.net, share.batch)
+            loss = scalar(self.task.loss(self.net, share.batch), self.task.name)
         value = share.mean(loss)
         if not math.isfinite(value):
             kept = f"; the last good state is in {self.folder}" if self.folder else ""

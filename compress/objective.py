@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.errors import ConfigError, ModelError
-from compress.task import Batch, CrossEntropy, Task, logits_of
+from compress.task import Batch, CrossEntropy, Task, logits_of, scalar
 
 if TYPE_CHECKING:
     from compress.config import TrainConfig
@@ -27,9 +27,10 @@ class Objective:
     """
 
     def __init__(
-        self, loss: Any, config: TrainConfig, teacher: nn.Module | None, device: torch.device
+        self, task: Task, config: TrainConfig, teacher: nn.Module | None, device: torch.device
     ) -> None:
-        self.loss, self.distill, self.device = loss, config.distill, device
+        self.given, self.name = loss_of(task, config), task.name
+        self.distill, self.device = config.distill, device
         if self.distill is not None and teacher is None:
             fix = "remove it: this stage has no original model to learn from"
             raise ConfigError("distill needs a teacher", "distill", fix)
@@ -40,7 +41,10 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         amp = torch.autocast(self.device.type, self.dtype) if self.dtype is not None else nullcontext()
         with amp:
-            return self._distilled(model, batch) if self.teacher is not None else self.loss(model, batch)
+            return self._distilled(model, batch) if self.teacher is not None else self._loss(model, batch)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return scalar(self.given(model, batch), self.name)
 
     def _distilled(self, model: nn.Module, batch: Batch) -> Tensor:
         assert self.distill is not None  # for the type checker: there is a teacher
@@ -52,7 +56,7 @@ class Objective:
 
         hook = model.register_forward_hook(note, with_kwargs=True)
         try:
-            loss: Tensor = self.loss(model, batch)
+            loss = self._loss(model, batch)
         finally:
             hook.remove()
         if not calls:

@@ -28,7 +28,7 @@ from compress.shares import Share
 from compress.steps import Events, Work, finite
 from compress.study import study as criteria_study
 from compress.surgery import cut
-from compress.task import Evaluation, Task, check, device_of, move
+from compress.task import Evaluation, Task, check, device_of, move, scalar
 from compress.trace import GraphNet, Traced
 
 if TYPE_CHECKING:
@@ -261,7 +261,7 @@ def _scores(net: GraphNet, cmap: ChannelMap, task: Task, config: Config, events:
         net.zero_grad(set_to_none=True)
         with scored(net, cmap, [p for p in net.parameters() if p.requires_grad], config.prune.gates):
             given = move(batch, device_of(net))
-            task.loss(net, given).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            scalar(task.loss(net, given), task.name).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             found.accumulate(net, Share(given))
         events.progress("scores", number, minibatches, "scoring")
     net.zero_grad(set_to_none=True)

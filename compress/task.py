@@ -120,16 +120,35 @@ def check(model: nn.Module, task: Task, input_shape: Sequence[int]) -> float:
         if task.classes is not None:
             _check_classification(model, task, batch, tuple(input_shape))
         with torch.enable_grad(), _model_errors():
-            loss = task.loss(model, batch)
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        shown = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ModelError(f"the loss is not a scalar tensor but {shown}", task.name)
+            loss = scalar(
+                task.loss(model, batch), task.name, any(p.requires_grad for p in model.parameters())
+            )
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ModelError(
             f"the loss of the first batch is {value}", task.name, "check data.mean, data.std and weights"
         )
     return value
+
+
+def scalar(loss: Any, name: str, trains: bool = True) -> Tensor:
+    """What a loss of the user's gave, as a scalar that gradients follow from where the model `trains`.
+
+    Raises ModelError (exit 4).
+    """
+    what, fix = "", "return one number for the batch, such as the mean over its examples"
+    if not isinstance(loss, Tensor):
+        what = f"the loss is a {type(loss).__name__}, not a scalar tensor"
+        fix = "end it with return" if loss is None else "return the tensor itself, not its item()"
+    elif loss.ndim != 0:
+        what = f"the loss is not a scalar tensor but has shape {list(loss.shape)}"
+    elif trains and not loss.requires_grad:
+        what = "the loss is cut off from the model's parameters: no gradient reaches them"
+        fix = "compute it from what the model returns, without detach(), item() or no_grad()"
+    if what:
+        raise ModelError(what, name, fix)
+    found: Tensor = loss
+    return found
 
 
 def train_shares(task: Task, epoch: int, start: int) -> Iterator[shares.Share]:

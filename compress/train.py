@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from compress import checkpoint as disk
 from compress import distributed, seeds, shares
 from compress.errors import DataError, Interrupted, ModelError, ResourceError
-from compress.objective import Objective, loss_of
+from compress.objective import Objective
 from compress.recalibration import Recalibration, recalibrate
 from compress.task import Task, move, train_shares
 
@@ -204,7 +204,7 @@ class _Run:
         if not self.parameters:
             raise ModelError("no parameter of the model can be trained", "train", "set requires_grad on some")
         self.optimizer = _optimizer(config, list(self.parameters.values()))
-        self.objective = Objective(loss_of(task, config), config, teacher, device)
+        self.objective = Objective(task, config, teacher, device)
         self.average = _average(model, config.ema) if config.ema else None
         self.at = _Position()
         self.best = _copy_of(model)

@@ -73,6 +73,23 @@ def test_in_place_leaves_channels_that_the_code_counts() -> None:
     assert model(batches()[0][0]).shape == (8, 10)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda model, batch: None, "NoneType, not a scalar tensor; end it with return"),
+        (lambda model, batch: model(batch[0]), "has shape [8, 10]"),
+        (lambda model, batch: loss(model, batch).detach(), "no gradient reaches them"),
+    ],
+)
+def test_a_loss_that_nothing_follows_from_is_one_line(wrong: Any, said: str) -> None:
+    for call in (compress.prune, compress.finetune):
+        example = (batches()[0][0],) if call is compress.prune else ()
+        with pytest.raises(CompressError) as caught:
+            call(cifar_resnet(8, width=8), *example, batches(), wrong)  # type: ignore[operator]
+        assert said in str(caught.value)
+        assert caught.value.exit_code == 4
+
+
 def test_any_loss_will_do() -> None:
     """A generator against a fixed critic: no labels, no logits."""
     torch.manual_seed(0)

@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from compress import console as talk
+from compress.api import _task
 from compress.console import Events, LiveEvents, Screen
 from compress.errors import ConfigError, ConfigErrors, IntegrityError, Interrupted, ResourceError
 from compress.failures import StopNow, Stopper, explain
@@ -348,6 +350,21 @@ def test_a_bug_is_one_line_and_a_crash_log_in_the_run(screen: Screen, tmp_path: 
     assert "in _bug" in text
     assert "the last event" in text
     assert "torch: " in text
+
+
+def test_an_error_in_code_that_the_config_names_is_told_with_its_line(screen: Screen) -> None:
+    def evaluate(net: nn.Module) -> float:
+        scores: dict[str, float] = {}
+        return scores["accuracy"]
+
+    task = _task([0], lambda net, batch: net(batch), evaluate, "given")
+    with pytest.raises(KeyError) as caught:
+        task.evaluate(nn.Identity(), "test")
+    failure = explain(caught.value, screen, [])
+    assert failure.exit_code == 3
+    (line,) = failure.lines
+    assert line.startswith("test_console.py:")
+    assert "return scores[\"accuracy\"]: code that the config names fails: KeyError: 'accuracy'" in line
 
 
 def test_a_crash_log_goes_to_the_temporary_folder_without_a_run(

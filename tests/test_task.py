@@ -259,8 +259,10 @@ class TestCheck:
 
     def test_losses_that_are_none(self) -> None:
         for loss, text in (
-            (lambda model, batch: model(batch[0]), "not a scalar tensor but shape [128, 10]"),
-            (lambda model, batch: 3.0, "not a scalar tensor but float"),
+            (lambda model, batch: model(batch[0]), "not a scalar tensor but has shape [128, 10]"),
+            (lambda model, batch: 3.0, "is a float, not a scalar tensor"),
+            (lambda model, batch: None, "is a NoneType, not a scalar tensor"),
+            (lambda model, batch: model(batch[0]).mean().detach(), "no gradient reaches them"),
             (lambda model, batch: model(batch[0]).sum() * float("nan"), "the loss of the first batch is nan"),
             (lambda model, batch: batch["image"], "the model fails in its loss: "),
         ):

@@ -192,8 +192,8 @@ class TestDistillation:
     def test_objective(self, alpha: float) -> None:
         student, teacher = net(1).eval(), net(2)
         batch = next(small_task().train_batches(1, 0))
-        config = hard(distill=DistillConfig(alpha=alpha, temperature=2.0))
-        found = Objective(CrossEntropy(), config, teacher, torch.device("cpu"))(student, batch)
+        config = hard(distill=DistillConfig(alpha=alpha, temperature=2.0), label_smoothing=0.0)
+        found = Objective(small_task(), config, teacher, torch.device("cpu"))(student, batch)
         logits = student(batch[0])
         expected = (1 - alpha) * functional.cross_entropy(logits, batch[1])
         expected = expected + alpha * distance(logits, teacher.eval()(batch[0]), 2.0)
