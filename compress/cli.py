@@ -312,11 +312,11 @@ def compare(
 @cli.answering("verify")
 @click.argument("folder", type=click.Path())
 def verify(screen: Screen, folder: str) -> Answer:
-    """Check that every file of a run is what its stage wrote. Exits with 8 when one is not."""
-    from compress.manifest import verify as check
+    """Check that every file of a run, or of a release, is what was written. Exits with 8 when one is not."""
+    from compress.handover import verify as check
     from compress.show import show_problems
 
-    found = check(folder)
+    found = check(Path(folder))
     value = {"run": folder, "problems": [asdict(problem) for problem in found]}
     code = 8 if found else 0
     return Answer(value, lambda screen: show_problems(screen.out, found, Path(folder)), exit_code=code)

@@ -1,12 +1,15 @@
-"""From a finished run to a release folder: only whole files, only with a verdict."""
+"""From a finished run to a release folder: whole files, with a verdict; and its check afterwards."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from compress import files, manifest
+from compress.earlier import SUMS, SUMS_BYTES
 from compress.errors import ConfigError, IntegrityError, VerdictError
+from compress.manifest import MANIFEST_NAME, Problem
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,37 @@ def hand_over(run: Path, folder: Path, *, name: str = "", force: bool = False) -
     with files.whole_folder(folder) as temporary:
         written = handover.write(temporary, run, outputs, results, name=name, forced=not passed)
     return Handed(folder, written, results["verdict"], not passed)
+
+
+def verify(folder: Path) -> list[Problem]:
+    """Every file of a run, or of a release, that is missing or not what was written.
+
+    Raises ConfigError (exit 3) where it is neither, IntegrityError (exit 8) where its list is damaged.
+    """
+    if (folder / MANIFEST_NAME).is_file():
+        return manifest.verify(folder)
+    if not (folder / SUMS).is_file():
+        what = "is neither a run nor a release" if folder.is_dir() else "there is no such folder"
+        raise ConfigError(what, str(folder), f"give a folder with a {MANIFEST_NAME} or a {SUMS}")
+    fix, found = "get the release again from where it came from", []
+    for name, wanted in _listed(folder).items():
+        path = manifest.locate(folder, name)
+        if not path.is_file():
+            found.append(Problem("release", name, "is missing", fix))
+        elif files.sha256(path) != wanted:
+            what = f"changed since it was released: sha256 expected {wanted}, found {files.sha256(path)}"
+            found.append(Problem("release", name, what, fix))
+    return found
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Path -> hexadecimal SHA-256 of every file that a release lists."""
+    text = files.read_bytes(folder / SUMS, SUMS_BYTES).decode("utf-8", errors="replace")
+    listed = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        if match is None:
+            what = f"line {number} is no checksum and path"
+            raise IntegrityError(what, str(folder / SUMS), "get the release again from where it came from")
+        listed[match[2]] = match[1]
+    return listed

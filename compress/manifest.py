@@ -103,7 +103,7 @@ def _parse(data: bytes, path: Path) -> dict[str, StageRecord]:
         raise IntegrityError("was changed after it was written (its checksum does not fit)", str(path), fix)
     for record in records.values():
         for name in record.outputs:
-            _locate(path.parent, name)
+            locate(path.parent, name)
     return records
 
 
@@ -122,7 +122,7 @@ def commit(run: str | os.PathLike[str], record: StageRecord) -> None:
     """
     folder = Path(run)
     for name, facts in record.outputs.items():
-        path = _locate(folder, name)
+        path = locate(folder, name)
         size = path.stat().st_size if path.is_file() else None
         if size != facts["bytes"]:
             found = "no such file" if size is None else f"{size} bytes"
@@ -142,7 +142,7 @@ def facts(run: str | os.PathLike[str], outputs: Iterable[str | os.PathLike[str]]
     found: dict[str, FileFacts] = {}
     for output in outputs:
         name = PurePosixPath(output).as_posix()
-        path = _locate(Path(run), name)
+        path = locate(Path(run), name)
         digest = sha256(path)
         found[name] = {"sha256": digest, "bytes": path.stat().st_size}
     return found
@@ -157,7 +157,7 @@ def is_done(run: str | os.PathLike[str], stage: str, key: str) -> bool:
     record = load(run).get(stage)
     if record is None or record.key != key:
         return False
-    if any(not _locate(Path(run), name).is_file() for name in record.outputs):
+    if any(not locate(Path(run), name).is_file() for name in record.outputs):
         return False
     for name, wanted in record.outputs.items():
         problem = _check(Path(run), record.stage, name, wanted)
@@ -182,7 +182,7 @@ def verify(run: str | os.PathLike[str]) -> list[Problem]:
 
 
 def _check(run: Path, stage: str, name: str, wanted: FileFacts) -> Problem | None:
-    path = _locate(run, name)
+    path = locate(run, name)
     fix = f"compress run --from {stage}"
     if not path.is_file():
         return Problem(stage, name, "is missing", fix)
@@ -193,8 +193,8 @@ def _check(run: Path, stage: str, name: str, wanted: FileFacts) -> Problem | Non
     return Problem(stage, name, what, fix)
 
 
-def _locate(run: Path, name: str) -> Path:
-    """The file ``name`` of a run. Raises IntegrityError unless it is a plain relative path inside ``run``."""
+def locate(run: Path, name: str) -> Path:
+    """The file ``name`` of a folder. Raises IntegrityError unless it is a plain path inside."""
     pure = PurePosixPath(name)
     plain = name not in {"", "."} and name == pure.as_posix() and name.isprintable() and "\\" not in name
     if not plain or pure.is_absolute() or ".." in pure.parts:

@@ -357,9 +357,9 @@ def _speed_row(found: Data, row: Data) -> tuple[str, ...]:
 
 
 def show_problems(console: Console, problems: Sequence[object], run: Path) -> None:
-    """One line per file that is not what its stage wrote."""
+    """One line per file that is not what was written."""
     if not problems:
-        verdict_line(console, "ok", f"every file in {run} is what its stage wrote")
+        verdict_line(console, "ok", f"every file in {run} is what was written")
     for problem in problems:
         verdict_line(console, "fail", str(problem))
 

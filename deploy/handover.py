@@ -13,16 +13,20 @@ from typing import Any
 
 from deploy import report, triton
 from deploy.tables import Table
-from deploy.values import rows, section, text
+from deploy.values import entries, number, rows, section, text
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"
 MODEL = "dense.onnx"
 ENGINES = (".engine", ".plan")
-PLAIN_FILES = ("plan.json", "report.html", "results.json", "gate.json")
+WEIGHTS = ("dense.graph.json", "dense.safetensors", "dense.pt2")
+PLAIN_FILES = (*WEIGHTS, "plan.json", "report.html", "results.json", "gate.json")
 CARD_LIMITS = (60, 300)  # most rows of a table, most characters of a text
 ABOUT = {
     MODEL: "the model, for ONNX Runtime and for building engines; its batch size is open",
+    "dense.graph.json": "the model for PyTorch, with dense.safetensors: neither code nor pickle",
+    "dense.safetensors": "its weights",
+    "dense.pt2": "the same, for torch.export.load and AOTInductor",
     "plan.json": "which channels of the original stay",
     "report.html": "how it was made and measured",
     "results.json": "every figure; the baseline of a later release",
@@ -32,7 +36,7 @@ ABOUT = {
 
 
 def files_of(outputs: Sequence[str]) -> list[str]:
-    """Of a run's files those that are handed over: models, engines with sidecars, plan, report, figures."""
+    """Those of a run's files that are handed over: models, engines with sidecars, plan, report, figures."""
     found = [name for name in outputs if name in PLAIN_FILES]
     ours = [name for name in outputs if not PurePosixPath(name).name.startswith("original.")]
     found += [name for name in ours if name.endswith(".onnx")]
@@ -92,6 +96,8 @@ def card(
         "forced": forced,
         "ports": _ports(ports),
         "files": _files(listed, name),
+        "preparation": _preparation(results),
+        "torch": WEIGHTS[0] in listed,
     }
     return report.environment(True, most_text).get_template("card.md.j2").render(view, max_rows=most_rows)
 
@@ -109,6 +115,22 @@ def _ports(ports: triton.Ports) -> Table:
         for tensor in tensors
     ]
     return Table(("", "Name", "Type", "Shape"), "tctt", tuple(body))
+
+
+def _preparation(results: Mapping[str, Any]) -> str:
+    """What was done to images before the model got them; what a config does not say is told as such."""
+    data = section(section(section(results, "provenance"), "config"), "data")
+    mean, std = (_numbers(entries(data, key)) for key in ("mean", "std"))
+    if mean and std:
+        return f"Values in 0 to 1, minus {mean}, over {std}, per channel (data.mean, data.std)."
+    name = text(data.get("name"), "of the run")
+    return f"Prepared as the data set {name} prepares them: the config has no mean and std."
+
+
+def _numbers(values: Sequence[Any]) -> str:
+    """`(0.485, 0.456, 0.406)`; "" where there is none or one is no number."""
+    found = [number(value) for value in values]
+    return f"({', '.join(f'{one:g}' for one in found)})" if found and None not in found else ""
 
 
 def _shape(tensor: triton.Tensor) -> str:

@@ -17,7 +17,7 @@ from compress import files, manifest
 from compress.cli import SECTIONS
 from compress.earlier import read
 from compress.errors import ConfigError, IntegrityError, VerdictError
-from compress.handover import hand_over
+from compress.handover import hand_over, verify
 from deploy import handover, triton
 from deploy.baseline import Tolerances
 from deploy.errors import ArtifactError, ExportError
@@ -50,6 +50,7 @@ def finished(folder: Path, **changes: Any) -> Path:
     made = {
         "train": {"original.onnx": b"not handed over", "optimizer.safetensors": b"neither"},
         "export": {"dense.engine": b"engine", "dense.engine.json": b"{}", "other.engine": b"engine"},
+        "finetune": {"dense.graph.json": b"{}", "dense.safetensors": b"weights", "dense.pt2": b"program"},
         "report": {"plan.json": b"{}", "report.html": b"<html>"},
         "gate": {},
     }
@@ -80,7 +81,8 @@ def test_the_folder_has_everything_to_serve_and_nothing_else(tmp_path: Path) -> 
     run = finished(tmp_path / "run")
     found = hand_over(run, tmp_path / "out")
     assert found.paths == sorted([
-        "README.md", "SHA256SUMS", "dense.engine", "dense.engine.json", "dense.onnx", "gate.json",
+        "README.md", "SHA256SUMS", "dense.engine", "dense.engine.json", "dense.graph.json", "dense.onnx",
+        "dense.pt2", "dense.safetensors", "gate.json",
         f"{PLACE}/1/model.onnx", f"{PLACE}/config.pbtxt", "plan.json", "report.html", "results.json",
     ])  # fmt: skip
     assert list(tree(tmp_path / "out")) == found.paths
@@ -117,6 +119,32 @@ def test_sha256sum_checks_every_file(tmp_path: Path) -> None:
     done = subprocess.run(check, cwd=tmp_path / "out", capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "dense.onnx: FAILED" in done.stdout
+
+
+def test_verify_checks_a_release(tmp_path: Path, capfd: Capture) -> None:
+    out = tmp_path / "out"
+    hand_over(finished(tmp_path / "run"), out)
+    assert verify(out) == []
+    (out / "dense.safetensors").write_bytes(b"other")
+    (out / "plan.json").unlink()
+    changed, missing = verify(out)
+    assert str(changed).startswith("dense.safetensors: changed since it was released: sha256 expected ")
+    assert str(missing) == "plan.json: is missing; get the release again from where it came from"
+    assert call(capfd, "verify", str(out))[0] == 8
+    for line, said in (
+        ("0" * 64 + "  ../run/plan.json", "not a plain path"),
+        ("x  y", "line 1 is no checksum"),
+    ):
+        (out / "SHA256SUMS").write_text(line + "\n")
+        with pytest.raises(IntegrityError, match=said):
+            verify(out)
+
+
+def test_verify_of_another_folder_says_what_it_wants(tmp_path: Path, capfd: Capture) -> None:
+    code, _, err = call(capfd, "verify", str(tmp_path))
+    assert code == 3
+    assert f"{tmp_path}: is neither a run nor a release; give a folder with a manifest.json or" in err
+    assert "there is no such folder" in call(capfd, "verify", str(tmp_path / "gone"))[2]
 
 
 def test_the_same_run_gives_the_same_bytes_anywhere(tmp_path: Path) -> None:
@@ -215,6 +243,15 @@ def test_the_card_has_the_figures_and_a_place_for_the_owner() -> None:
     assert "| input | `x` | FP32 | batch × 3 × 32 × 32 |" in said
     assert "| `a.engine` | an engine, for the GPU and library in the file beside it only |" in said
     assert "licen" not in said.lower()
+
+
+def test_the_card_says_how_images_are_prepared_and_how_the_model_is_loaded() -> None:
+    provenance = {"config": {"data": {"name": "cifar10", "mean": [0.485, 0.456, 0.406], "std": [0.5, 1, 2]}}}
+    said = card(provenance=provenance)
+    assert "Values in 0 to 1, minus (0.485, 0.456, 0.406), over (0.5, 1, 2), per channel" in said
+    assert "compress.load" not in said  # this one has no weights for PyTorch
+    said = card(provenance={"config": {"data": {"name": "mnist5k", "mean": None, "std": None}}})
+    assert "Prepared as the data set mnist5k prepares them: the config has no mean and std." in said
 
 
 def test_what_was_not_measured_is_not_in_the_card() -> None:
@@ -343,7 +380,7 @@ def test_the_command_hands_over(capfd: Capture) -> None:
     finished(Path("run"))
     code, out, err = call(capfd, "release", "run", "-o", "out")
     assert (code, err) == (0, "")
-    assert out == "PASS  handed over to out: 11 files; describe the model's use in its README.md\n"
+    assert out == "PASS  handed over to out: 14 files; describe the model's use in its README.md\n"
     assert call_json(capfd, "release", "run", "-o", "again")["result"]["files"] == sorted(tree(Path("again")))
     assert "release" in SECTIONS["Results"]
 
