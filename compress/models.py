@@ -119,7 +119,24 @@ def _torchvision(config: ModelConfig, name: str, folder: Path) -> nn.Module:
     if short not in choices:
         fix = nearest(short, choices) or f"one of {', '.join(choices)}, or a file"
         raise ConfigError(f"torchvision has no weights {config.weights!r} for {name}", "model.weights", fix)
-    return _pretrained(get_model, name, kwargs | {"weights": choices[short]}, choices[short].url)
+    weights = choices[short]
+    classes = len(weights.meta.get("categories", ()))
+    own = kwargs.pop("num_classes", classes)
+    model = _pretrained(get_model, name, kwargs | {"weights": weights}, weights.url)
+    if own == classes:
+        return model
+    return _with_head_of(_call(get_model, "torchvision", name, kwargs | {"num_classes": own}), model)
+
+
+def _with_head_of(fresh: nn.Module, model: nn.Module) -> nn.Module:
+    """``model`` with the untrained layers of ``fresh`` in the place of those that have other shapes there."""
+    wanted = fresh.state_dict()
+    other = [
+        name for name, x in model.state_dict().items() if name in wanted and wanted[name].shape != x.shape
+    ]
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in other):
+        model.set_submodule(path, fresh.get_submodule(path))
+    return model
 
 
 def _pretrained(get_model: Any, name: str, kwargs: dict[str, Any], url: str) -> nn.Module:

@@ -56,13 +56,20 @@ STARTERS: dict[str, Starter] = {
             },
             "train": {"epochs": 100, "lr": 0.1, "weight_decay": 5e-4},
             "finetune": {"epochs": 40, "lr": 0.05, "weight_decay": 5e-4},
+            "gates": {"speedup": 1.2},
         },
     ),
     "imagefolder": Starter(
         "a torchvision model with its ImageNet weights on your own folder of images",
-        "put images in data/images/train/CLASS/ and data/images/test/CLASS/, name your model, compress run",
+        "put images in data/images/train/CLASS/ and data/images/test/CLASS/, set model.kwargs.num_classes, "
+        "compress run",
         {
-            "model": {"name": "torchvision:resnet18", "weights": "DEFAULT", "input_shape": [3, 224, 224]},
+            "model": {
+                "name": "torchvision:resnet18",
+                "weights": "DEFAULT",
+                "kwargs": {"num_classes": 10},  # the head is new, so it is trained first
+                "input_shape": [3, 224, 224],
+            },
             "data": {
                 "name": "data/images",
                 "batch_size": 64,
@@ -70,7 +77,9 @@ STARTERS: dict[str, Starter] = {
                 "std": [0.229, 0.224, 0.225],
                 "augment": "flip_crop",
             },
+            "train": {"epochs": 10, "lr": 0.01},
             "finetune": {"epochs": 10, "lr": 0.01},
+            "gates": {"speedup": 1.2},
         },
     ),
 }

@@ -184,6 +184,11 @@ class TestTorchvisionWeights:
         wanted = config("torchvision:squeezenet1_1", weights="DEFAULT")
         found = build_model(wanted, tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(made.parameters(), found.parameters(), strict=True))
+        few = config("torchvision:squeezenet1_1", weights="DEFAULT", kwargs={"num_classes": 3})
+        adapted, state = build_model(few, tmp_path), made.state_dict()
+        assert adapted(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+        new = {name for name, x in adapted.state_dict().items() if not torch.equal(x[:3], state[name][:3])}
+        assert new == {"classifier.1.weight"}  # and its bias, which starts at zero in both
         canary = tmp_path / "canary"
         torch.save({"state_dict": Canary(canary)}, file)
         refused(IntegrityError, 8, lambda: build_model(wanted, tmp_path), "damaged", file.name)
