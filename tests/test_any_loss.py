@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks import any_loss_generator as generator
 from benchmarks import any_loss_ppo as ppo
 from benchmarks import any_loss_segmenter as segmenter
 from benchmarks.any_loss_digits import TRAIN, Scenes, digits, scenes
+from compress.cli import main
 
 
 def features(count: int, seed: int) -> Tensor:
@@ -160,10 +162,10 @@ def test_a_row_measured_again_leaves_the_others(tmp_path: Path, monkeypatch: pyt
     assert kept["summary"]["b"]["random_after_finetuning"] == 1.0
 
 
-def blocks() -> list[str]:
-    """The Python blocks of the page for users."""
+def blocks(language: str = "python") -> list[str]:
+    """The blocks of the page for users."""
     page = Path(__file__).parent.parent / "docs" / "any-loss.md"
-    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.mark.slow
@@ -172,10 +174,29 @@ def test_the_blocks_of_the_page_run_as_they_stand(number: int) -> None:
     torch.manual_seed(0)
     scope: dict[str, Any] = {}
     exec(blocks()[number], scope)  # our own page
-    assert len(blocks()) == 4
     assert scope["result"].reached
     assert scope["result"].verification.passed
     assert sum(p.numel() for p in scope["small"].parameters()) == scope["result"].params[1]
+
+
+@pytest.mark.slow
+def test_the_task_of_the_page_goes_through_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert len(blocks()) == 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "regression.py").write_text(blocks()[4])
+    (tmp_path / "compress.yaml").write_text(blocks("yaml")[0])
+    try:
+        code = main(["run", "--set", "bench.repeats=5", "--set", "bench.seconds=0.01"])
+    finally:
+        sys.modules.pop("regression", None)
+    out, err = capfd.readouterr()
+    assert code == 0, out + err
+    assert "negative mean squared error" in (tmp_path / "run" / "report.html").read_text().lower()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {gate["name"]: gate["verdict"] for gate in results["gates"]}["metric_drop"] == "pass"
+    assert results["cost"]["macs"]["after"] <= 0.5 * results["cost"]["macs"]["before"]
 
 
 @pytest.mark.slow
