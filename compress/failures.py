@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import errno
-import linecache
 import os
 import platform
 import re
 import shlex
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 import traceback
@@ -31,7 +29,7 @@ from compress.errors import (
     escape,
 )
 from compress.launch import launched
-from compress.names import first_line
+from compress.names import first_line, users_line
 from deploy.errors import DeployError
 
 if TYPE_CHECKING:
@@ -85,31 +83,11 @@ def named(error: BaseException) -> BaseException:
         return ResourceError("memory ran out", fix=fix)
     if isinstance(error, ModuleNotFoundError) and error.name in _requirements():
         return TargetError("is not installed", error.name or "", "compress doctor tells what is missing")
-    line = _users_line(error) if isinstance(error, Exception) else ""
+    line = users_line(error) if isinstance(error, Exception) else ""
     if line:
         what = f"code that the config names fails: {first_line(error)}"
         return ConfigError(what, line, "--debug shows the whole traceback")
     return error
-
-
-def _users_line(error: Exception) -> str:
-    """`file.py:12 code` where a function that the config names raised it; "" where this package did.
-
-    The innermost frame that is neither the interpreter's nor an installed package's decides.
-    """
-    paths = sysconfig.get_paths()
-    libraries = tuple(
-        os.path.join(paths[kind], "") for kind in ("stdlib", "platstdlib", "purelib", "platlib")
-    )
-    own = tuple(os.path.join(Path(__file__).parent.parent, name, "") for name in ("compress", "deploy"))
-    found, called = "", False
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        file = frame.f_code.co_filename
-        if file.startswith(own):
-            found, called = "", True
-        elif called and not file.startswith(("<", *libraries)):
-            found = f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
-    return found
 
 
 def _requirements() -> frozenset[str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import linecache
+import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,6 +36,26 @@ def first_line(error: BaseException) -> str:
     """The error's class and the first line of its text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def users_line(error: Exception) -> str:
+    """`file.py:12 code` where a function that the config names raised it; "" where this package did.
+
+    The innermost frame that is neither the interpreter's nor an installed package's decides.
+    """
+    paths = sysconfig.get_paths()
+    libraries = tuple(
+        os.path.join(paths[kind], "") for kind in ("stdlib", "platstdlib", "purelib", "platlib")
+    )
+    own = tuple(os.path.join(Path(__file__).parent.parent, name, "") for name in ("compress", "deploy"))
+    found, called = "", False
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if file.startswith(own):
+            found, called = "", True
+        elif called and not file.startswith(("<", *libraries)):
+            found = f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
+    return found
 
 
 def load_object(name: str, folder: Path, where: str) -> Callable[..., Any]:

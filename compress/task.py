@@ -17,7 +17,7 @@ from torch.nn import functional
 from compress import distributed, seeds, shares
 from compress.data import Splits, open_data
 from compress.errors import ConfigError, DataError, ModelError
-from compress.names import first_line
+from compress.names import first_line, users_line
 from compress.sources import Draw, Images, Source, TensorSource
 from compress.trace import eval_mode
 
@@ -363,6 +363,8 @@ def _model_errors(shape: Sequence[int] | None = None) -> Iterator[None]:
         AttributeError,
         KeyError,
     ) as error:
-        on = f" on images of shape {list(shape)}" if shape else " in its loss"
-        what = f"the model fails{on}: {first_line(error)}"
+        if shape is None:
+            what, where = f"the model fails in its loss: {first_line(error)}", users_line(error) or "model"
+            raise ModelError(what, where, "--debug shows the whole traceback") from error
+        what = f"the model fails on images of shape {list(shape)}: {first_line(error)}"
         raise ModelError(what, "model", "is model.input_shape what it was built for?") from error

@@ -103,7 +103,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, capfd: Capture) -> Fake:
     found = Fake()
     monkeypatch.setattr(pipeline, "run", found)
     # What the pretended pipeline raises is this package's, not that of code which the config names.
-    monkeypatch.setattr(failures, "_users_line", lambda error: "")
+    monkeypatch.setattr(failures, "users_line", lambda error: "")
     return found
 
 
