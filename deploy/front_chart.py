@@ -85,7 +85,12 @@ def _bars(axes: Any, classes: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("One class of channels at its narrowest")
     labels = (("latency saved", BLUE), ("importance lost", ORANGE))
     handles = [axes.barh([0], [0], color=colour, label=label) for label, colour in labels]
-    axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+    below = {
+        "loc": "upper center",
+        "bbox_to_anchor": (0.5, -0.06),
+        "ncols": 2,
+    }  # bars may be as long as the axis
+    axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, **below)
 
 
 def _staircases(part: Any, stairs: Sequence[Mapping[str, Any]], lines: int) -> None:
