@@ -166,7 +166,10 @@ def _has_grouped_convs(net: GraphNet) -> bool:
     """Whether groups of more than one channel occur; in a depthwise conv both choices are the same."""
     for node in net.graph.nodes:
         groups = node.args[6] if short_name(node).startswith("conv") and len(node.args) > 6 else 1
-        if groups != 1 and get_tensor(net, str(node.args[1].target)).shape[1] > 1:
+        if groups == 1:
+            continue
+        weight = node.args[1]  # a computed one may have any width
+        if weight.op != "get_attr" or get_tensor(net, str(weight.target)).shape[1] > 1:
             return True
     return False
 

@@ -144,3 +144,19 @@ def test_numbers_that_follow_a_size_silently_are_found() -> None:
         prune(model, in_place=True)
     assert model.first.out_channels == 16
     assert model(EXAMPLE).shape == (2, 4)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that computes its weight, as NFNets do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias, padding=1, groups=self.groups)
+
+
+@pytest.mark.parametrize("options", [{"in_place": True}, {"fold_weights": False}])
+def test_grouped_convolutions_with_computed_weights(options: dict[str, bool]) -> None:
+    model = randomise(Net(between=Standardised(16, 16, 3, groups=4)))
+    found, result = prune(model, **options)
+    assert result.verification.passed
+    assert found(EXAMPLE).shape == (2, 4)
