@@ -22,7 +22,7 @@ from compress.config import BenchConfig, BudgetConfig, Config, GatesConfig
 from compress.config_faults import translate
 from compress.cost import Layer, class_counts, cost_model, layers
 from compress.errors import ConfigError, ModelError
-from compress.in_place import misfit, pinned_by_code
+from compress.in_place import misfit, of_three, pinned_by_code
 from compress.inspection import choices, inexact_because, keep_names, labelled
 from compress.loop import Pruned, Step
 from compress.loop import prune as prune_loop
@@ -134,11 +134,11 @@ def prune(
     shares.spread(subject)
     parts = trace_parts(subject, [""] if part is None else [part] if isinstance(part, str) else part, example)
     kept = (*keep_names(parts.traced.net, config.keep), *parts.shared)
-    traced, cmap = labelled(parts.traced, kept, config, in_place=in_place)
+    label = partial(labelled, parts.traced, kept, config, in_place=in_place)
+    traced, cmap = label()
     whole = Whole(subject, replace(parts, traced=traced), example)
     if in_place:
-        again = partial(labelled, parts.traced, kept, config, in_place=True)
-        cmap = pinned_by_code(lambda counted: again(counted=counted)[1], whole, traced.net)
+        cmap = pinned_by_code(cmap, lambda counted: label(counted=counted)[1], whole, traced.net)
     _check_prunable(cmap)
     budget = None if latency is None else _budgeted(latency, config, traced, cmap)
     where = (
@@ -174,7 +174,7 @@ def _cut_out(
     proof = verify(done.unmasked, done.masked, dense, traced.example, inexact=inexact)
     around = whole.proof(done.unmasked, done.masked, dense, inexact) if whole.is_part else None
     built = whole.built(dense)
-    fault = misfit(whole, plan, built)
+    fault = misfit(whole.model, plan, built, of_three(whole))
     if in_place and fault is not None:
         raise fault
     if fault is not None and fault.where and not plan.hard_coded:

@@ -11,6 +11,8 @@ from compress.earlier import SUMS, SUMS_BYTES
 from compress.errors import ConfigError, IntegrityError, VerdictError
 from compress.manifest import MANIFEST_NAME, Problem
 
+_AGAIN = "get the release again from where it came from"
+
 
 @dataclass(frozen=True)
 class Handed:
@@ -60,15 +62,11 @@ def verify(folder: Path) -> list[Problem]:
     if not (folder / SUMS).is_file():
         what = "is neither a run nor a release" if folder.is_dir() else "there is no such folder"
         raise ConfigError(what, str(folder), f"give a folder with a {MANIFEST_NAME} or a {SUMS}")
-    fix, found = "get the release again from where it came from", []
-    for name, wanted in _listed(folder).items():
-        path = manifest.locate(folder, name)
-        if not path.is_file():
-            found.append(Problem("release", name, "is missing", fix))
-        elif files.sha256(path) != wanted:
-            what = f"changed since it was released: sha256 expected {wanted}, found {files.sha256(path)}"
-            found.append(Problem("release", name, what, fix))
-    return found
+    return [
+        problem
+        for name, wanted in _listed(folder).items()
+        if (problem := manifest.check(folder, "release", name, wanted, "it was released", _AGAIN))
+    ]
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -79,6 +77,6 @@ def _listed(folder: Path) -> dict[str, str]:
         match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if match is None:
             what = f"line {number} is no checksum and path"
-            raise IntegrityError(what, str(folder / SUMS), "get the release again from where it came from")
+            raise IntegrityError(what, str(folder / SUMS), _AGAIN)
         listed[match[2]] = match[1]
     return listed

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from compress.channelmap import ChannelMap
 from compress.errors import ModelError
 from compress.labels import short_name
-from compress.part_trace import Arguments, buffers_kept, run
+from compress.part_trace import Arguments, buffers_kept, run, same
 from compress.parts import Whole
 from compress.plan import Plan
 from compress.surgery import apply_plan, cut
@@ -36,39 +36,42 @@ _RESTATED = frozenset(
 """Ops whose sizes the layers of torch.nn remember, and are told anew when they are sliced."""
 
 
-def pinned_by_code(label: Callable[[Collection[str]], ChannelMap], whole: Whole, net: GraphNet) -> ChannelMap:
+def pinned_by_code(
+    cmap: ChannelMap, label: Callable[[Collection[str]], ChannelMap], whole: Whole, net: GraphNet
+) -> ChannelMap:
     """The labels under which the user's module follows every cut.
 
-    label: the labels of `net` with the channels that the named nodes count pinned. One narrow cut is
-    tried after the other; where the module fails, or computes something else, the sizes at that line stay.
-    Raises ModelError (exit 4) naming the line where nothing at it can be kept.
+    cmap: the labels of `net` so far; label: the same with the channels that the named nodes count pinned. One
+    narrow cut is tried after the other; where the module fails, or computes something else, the sizes at that
+    line stay. Raises ModelError (exit 4) naming the line where nothing at it can be kept.
     """
     counted: set[str] = set()
-    while (cmap := label(counted)).units:
+    example = of_three(whole)
+    while cmap.units:
         dense, plan = cut(net, cmap, _narrow(cmap))
-        fault = misfit(whole, plan, whole.built(dense))
+        fault = misfit(whole.model, plan, whole.built(dense), example)
         if fault is None:
             break
         found = _counting(net, dense, fault.where, counted)
         if not found:
             raise fault
         counted |= found
+        cmap = label(counted)
     return cmap
 
 
-def misfit(whole: Whole, plan: Plan, dense: nn.Module) -> ModelError | None:
+def misfit(module: nn.Module, plan: Plan, dense: nn.Module, example: Arguments) -> ModelError | None:
     """Why the module, sliced by the plan, does not compute what the dense model does; None where it does.
 
     The module's tensors and sizes are as before afterwards.
     """
-    module, example = whole.model, _of_three(whole)
     with _restored(module):
         try:
             expected = run(dense, example)
             found = run(apply_plan(plan, module), example)
         except ModelError as error:
             return ModelError(f"does not follow the cut: {error.what}", error.where, _FIX)
-    if _alike(expected, found):
+    if same(expected, found, _close):
         return None
     return ModelError("does not follow the cut: it computes something else", type(module).__name__, _FIX)
 
@@ -90,7 +93,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
             owner._buffers.update(buffers)
 
 
-def _of_three(whole: Whole) -> Arguments:
+def of_three(whole: Whole) -> Arguments:
     """The example with a batch of three where the model takes it.
 
     Sizes are mostly powers of two: three times two channels does not fill a `view(-1, 400)`, which then
@@ -148,13 +151,6 @@ def _numbers(node: fx.Node) -> tuple[Any, ...]:
     """The op and its plain arguments, without the tensors it works on."""
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     return node.target, *(leaf for leaf in leaves if not isinstance(leaf, fx.Node))
-
-
-def _alike(expected: Any, found: Any) -> bool:
-    a, b = ([x for x in pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in (expected, found))
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
-        return False
-    return all(_close(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

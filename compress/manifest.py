@@ -103,7 +103,7 @@ def _parse(data: bytes, path: Path) -> dict[str, StageRecord]:
         raise IntegrityError("was changed after it was written (its checksum does not fit)", str(path), fix)
     for record in records.values():
         for name in record.outputs:
-            locate(path.parent, name)
+            _locate(path.parent, name)
     return records
 
 
@@ -122,7 +122,7 @@ def commit(run: str | os.PathLike[str], record: StageRecord) -> None:
     """
     folder = Path(run)
     for name, facts in record.outputs.items():
-        path = locate(folder, name)
+        path = _locate(folder, name)
         size = path.stat().st_size if path.is_file() else None
         if size != facts["bytes"]:
             found = "no such file" if size is None else f"{size} bytes"
@@ -142,7 +142,7 @@ def facts(run: str | os.PathLike[str], outputs: Iterable[str | os.PathLike[str]]
     found: dict[str, FileFacts] = {}
     for output in outputs:
         name = PurePosixPath(output).as_posix()
-        path = locate(Path(run), name)
+        path = _locate(Path(run), name)
         digest = sha256(path)
         found[name] = {"sha256": digest, "bytes": path.stat().st_size}
     return found
@@ -157,7 +157,7 @@ def is_done(run: str | os.PathLike[str], stage: str, key: str) -> bool:
     record = load(run).get(stage)
     if record is None or record.key != key:
         return False
-    if any(not locate(Path(run), name).is_file() for name in record.outputs):
+    if any(not _locate(Path(run), name).is_file() for name in record.outputs):
         return False
     for name, wanted in record.outputs.items():
         problem = _check(Path(run), record.stage, name, wanted)
@@ -182,18 +182,27 @@ def verify(run: str | os.PathLike[str]) -> list[Problem]:
 
 
 def _check(run: Path, stage: str, name: str, wanted: FileFacts) -> Problem | None:
-    path = locate(run, name)
-    fix = f"compress run --from {stage}"
+    return check(
+        run, stage, name, wanted["sha256"], f"stage {stage} wrote it", f"compress run --from {stage}"
+    )
+
+
+def check(folder: Path, stage: str, name: str, wanted: str, since: str, fix: str) -> Problem | None:
+    """What is wrong with the file `name` of a folder, whose hexadecimal SHA-256 is to be `wanted`.
+
+    since: when it had that, for the message. Raises IntegrityError unless `name` is a plain path inside.
+    """
+    path = _locate(folder, name)
     if not path.is_file():
         return Problem(stage, name, "is missing", fix)
     found = sha256(path)
-    if found == wanted["sha256"]:
+    if found == wanted:
         return None
-    what = f"changed since stage {stage} wrote it: sha256 expected {wanted['sha256']}, found {found}"
+    what = f"changed since {since}: sha256 expected {wanted}, found {found}"
     return Problem(stage, name, what, fix)
 
 
-def locate(run: Path, name: str) -> Path:
+def _locate(run: Path, name: str) -> Path:
     """The file ``name`` of a folder. Raises IntegrityError unless it is a plain path inside."""
     pure = PurePosixPath(name)
     plain = name not in {"", "."} and name == pure.as_posix() and name.isprintable() and "\\" not in name

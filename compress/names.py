@@ -54,8 +54,13 @@ def users_line(error: Exception) -> str:
         if file.startswith(own):
             found, called = "", True
         elif called and not file.startswith(("<", *libraries)):
-            found = f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
+            found = code_line(file, number)
     return found
+
+
+def code_line(file: str, number: int) -> str:
+    """`file.py:12 code`, without the file's directory."""
+    return f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
 
 
 def load_object(name: str, folder: Path, where: str) -> Callable[..., Any]:

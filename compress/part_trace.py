@@ -7,7 +7,7 @@ parameters, so that labels, surgery, costs and plans are those of any other mode
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -247,11 +247,15 @@ def _agree(module: nn.Module, graph: GraphNet, port: Port, inputs: Sequence[Tens
         return False
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two nested values hold the same numbers, up to rounding."""
+def _rounded(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True)
+
+
+def same(a: Any, b: Any, close: Callable[[Tensor, Tensor], bool] = _rounded) -> bool:
+    """Whether two nested values hold the same numbers, up to rounding or to what `close` takes for it."""
     ours, theirs = pytree.tree_leaves(a), pytree.tree_leaves(b)
     return len(ours) == len(theirs) and all(
-        isinstance(y, Tensor) and x.shape == y.shape and torch.allclose(x, y, 1e-3, 1e-5, equal_nan=True)
+        isinstance(y, Tensor) and x.shape == y.shape and close(x, y)
         for x, y in zip(ours, theirs, strict=True)
         if isinstance(x, Tensor)
     )

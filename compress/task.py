@@ -136,19 +136,17 @@ def scalar(loss: Any, name: str, trains: bool = True) -> Tensor:
 
     Raises ModelError (exit 4).
     """
-    what, fix = "", "return one number for the batch, such as the mean over its examples"
     if not isinstance(loss, Tensor):
-        what = f"the loss is a {type(loss).__name__}, not a scalar tensor"
         fix = "end it with return" if loss is None else "return the tensor itself, not its item()"
-    elif loss.ndim != 0:
+        raise ModelError(f"the loss is a {type(loss).__name__}, not a scalar tensor", name, fix)
+    if loss.ndim != 0:
         what = f"the loss is not a scalar tensor but has shape {list(loss.shape)}"
-    elif trains and not loss.requires_grad:
+        raise ModelError(what, name, "return one number for the batch, such as the mean over its examples")
+    if trains and not loss.requires_grad:
         what = "the loss is cut off from the model's parameters: no gradient reaches them"
         fix = "compute it from what the model returns, without detach(), item() or no_grad()"
-    if what:
         raise ModelError(what, name, fix)
-    found: Tensor = loss
-    return found
+    return loss
 
 
 def train_shares(task: Task, epoch: int, start: int) -> Iterator[shares.Share]:

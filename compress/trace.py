@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import linecache
 import logging
 import re
 import traceback
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from compress.errors import ModelError
+from compress.names import code_line
 from compress.screen import check_module, unwrapped
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -348,5 +348,5 @@ def _place(error: Exception, model: nn.Module) -> str:
         file = frame.f_code.co_filename
         module = names.get(id(frame.f_locals.get("self")), "") or module
         if not file.startswith(_OURS):
-            line = f"{Path(file).name}:{number} {linecache.getline(file, number).strip()}"
+            line = code_line(file, number)
     return f"{line} in module {module}" if line and module else line

@@ -85,11 +85,8 @@ def _bars(axes: Any, classes: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("One class of channels at its narrowest")
     labels = (("latency saved", BLUE), ("importance lost", ORANGE))
     handles = [axes.barh([0], [0], color=colour, label=label) for label, colour in labels]
-    below = {
-        "loc": "upper center",
-        "bbox_to_anchor": (0.5, -0.06),
-        "ncols": 2,
-    }  # bars may be as long as the axis
+    # Below the axes, as bars may be as long as these are.
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.06), "ncols": 2}
     axes.legend(handles=handles, frameon=False, fontsize=8, labelcolor=INK, **below)
 
 
